@@ -1,0 +1,97 @@
+"""The gold standard of the embedded world: reads a picture back into objects, exactly.
+
+Colour segmentation (the direction in which a pixel leaves the background), connected components, then the
+shape whose rendering at the component's own centre and area overlaps it most. What it cannot read is an
+object of unknown shape or colour, and a picture that holds one follows no prompt. It measures; training on it
+takes an explicit `allow_gold: true`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from judges.shapes.grammar import COLOURS, SHAPES, Prompt, holds, parse
+from judges.shapes.render import BACKGROUND, PALETTE_RGB, SIZE, coverage
+
+MIN_AREA = 6.0  # square pixels: anything smaller is a speck and not an object
+MIN_OVERLAP = 0.80  # soft intersection over union with the best shape
+MIN_PURITY = 0.80  # share of a component's area that has its main colour
+
+_DIRECTIONS = PALETTE_RGB - BACKGROUND
+_LENGTHS = np.linalg.norm(_DIRECTIONS, axis=1)
+_UNITS = _DIRECTIONS / _LENGTHS[:, None]
+_UNIT_AREA = {
+    shape: float(coverage(shape, np.array(SIZE / 2), np.array(SIZE / 2), np.array(8.0)).sum()) / 64 for shape in SHAPES
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An object read from a picture: None for a shape or colour that cannot be told. Units are pixels."""
+
+    shape: str | None
+    colour: str | None
+    x: float
+    y: float
+    area: float
+    overlap: float
+
+
+def read(image: np.ndarray) -> tuple[Seen, ...]:
+    """The objects in an image, uint8 (SIZE, SIZE, 3), largest first."""
+    offset = image.astype(np.float64) / 255 - BACKGROUND  # (H, W, 3)
+    along = offset @ _UNITS.T  # (H, W, colours)
+    colour = along.argmax(-1)
+    alpha = np.clip(along.max(-1) / _LENGTHS[colour], 0.0, 1.0)
+    labels, count = ndimage.label(alpha > 0.35)
+    if not count:
+        return ()
+    # The faint rim of an object belongs to it: each pixel goes to its nearest component within two pixels.
+    distance, (rows, cols) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+    grown = np.where(distance <= 2.0, labels[rows, cols], 0)
+    seen = [_identify(np.where(grown == k, alpha, 0.0), colour) for k in range(1, count + 1)]
+    return tuple(sorted((s for s in seen if s.area >= MIN_AREA), key=lambda s: -s.area))
+
+
+def _identify(alpha: np.ndarray, colour: np.ndarray) -> Seen:
+    area = float(alpha.sum())
+    centres = np.arange(SIZE) + 0.5
+    x, y = float((alpha.sum(0) * centres).sum() / area), float((alpha.sum(1) * centres).sum() / area)
+    by_colour = np.bincount(colour.ravel(), alpha.ravel(), minlength=len(COLOURS))
+    main = int(by_colour.argmax())
+    overlaps = [_overlap(alpha, shape, x, y, area) for shape in SHAPES]
+    best = int(np.argmax(overlaps))
+    return Seen(
+        shape=SHAPES[best] if overlaps[best] >= MIN_OVERLAP else None,
+        colour=COLOURS[main] if by_colour[main] >= MIN_PURITY * area else None,
+        x=x,
+        y=y,
+        area=area,
+        overlap=overlaps[best],
+    )
+
+
+def _overlap(alpha: np.ndarray, shape: str, x: float, y: float, area: float) -> float:
+    radius = np.sqrt(area / _UNIT_AREA[shape])
+    template = coverage(shape, np.array(x), np.array(y - _DROP[shape] * radius), np.array(radius))
+    return float(np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum())
+
+
+def _centroid_drop(shape: str) -> float:
+    alpha = coverage(shape, np.array(SIZE / 2), np.array(SIZE / 2), np.array(8.0))
+    return float((alpha.sum(1) * (np.arange(SIZE) + 0.5)).sum() / alpha.sum() - SIZE / 2) / 8
+
+
+_DROP = {shape: _centroid_drop(shape) for shape in SHAPES}
+
+
+def follows(image: np.ndarray, prompt: Prompt | str) -> bool:
+    """Whether the picture holds exactly what the prompt asks for, and stands as it asks."""
+    return holds(parse(prompt) if isinstance(prompt, str) else prompt, read(image))
+
+
+def gold(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[bool]:
+    """`follows` over a batch."""
+    return [follows(np.asarray(image), prompt) for image, prompt in zip(images, prompts, strict=True)]

@@ -1,0 +1,51 @@
+"""LoRA on a generator's transformer (2106.09685), by peft through diffusers: attach, set aside, merge, save."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def attach(transformer: PeftAdapterMixin, targets: Sequence[str], rank: int, alpha: float, seed: int) -> None:
+    """Add an adapter that changes nothing yet (B = 0); it alone is trainable, and A depends on `seed` alone."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config)
+
+
+@contextlib.contextmanager
+def reference(transformer: PeftAdapterMixin) -> Iterator[None]:
+    """Within the block the adapter is off: the transformer is the one that fine-tuning started from."""
+    transformer.disable_lora()
+    try:
+        yield
+    finally:
+        transformer.enable_lora()
+
+
+@torch.no_grad()
+def merge_into(plain: nn.Module, tuned: nn.Module) -> None:
+    """Write base weight + scale * B A of `tuned` into `plain`, its twin without adapter.
+
+    A separate twin, rather than merging in place and taking it back, keeps the base weights exact.
+    """
+    modules = dict(plain.named_modules())
+    for name, layer in tuned.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            modules[name].weight.copy_(weight + delta)
+
+
+def save(transformer: PeftAdapterMixin, folder: str | Path) -> None:
+    """Write the adapter in the diffusers format, which `load_lora_adapter` reads."""
+    transformer.save_lora_adapter(folder, weight_name=WEIGHTS)

@@ -1,0 +1,17 @@
+"""Who runs it: settings, stages, and the runner that brings a run directory up to date."""
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run"]
+
+
+def run(config: str | Path, *overrides: str) -> dict[str, Any] | None:
+    """Run the whole loop of a YAML file with `key.sub=value` overrides; the numbers of `summary.json`.
+
+    What `python -m pipeline run` does; see `pipeline.loop.run_loop` for errors. Stages are imported at the call, so
+    that a misspelt setting on the command line answers at once.
+    """
+    from pipeline.loop import run_loop
+
+    return run_loop(config, overrides)

@@ -1,0 +1,135 @@
+"""The command line: `python -m pipeline VERB CONFIG [key.sub=value …]`.
+
+Exit codes: 0 done, 1 our bug, 2 bad input, 75 interrupted and resumable.
+
+Stages import torch and transformers, so they are imported inside the verbs that need them: `--help` and a
+misspelt setting answer at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.settings import Section, SettingsError, UserError, load
+
+app = typer.Typer(
+    help="Salon: align a text-to-image generator with AI feedback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value", help="Settings laid over the file.")]
+
+_STAGES = {
+    "sample": "Sample images from the generator.",
+    "judge": "Let the judge score the images against their prompts.",
+    "prefer": "Turn verdicts into preference pairs.",
+    "reward": "Train the reward model and report on it.",
+    "finetune": "Move a LoRA on the generator towards the reward.",
+    "evaluate": "Sample from the tuned generator and measure it.",
+    "report": "Write the report.",
+}
+
+
+def main() -> None:
+    """Run the command line of this process; a `UserError` becomes one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        # Every process of a launch reads the same settings; the first one tells what is wrong with them.
+        if not isinstance(error, SettingsError) or os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command("run")
+def run_all(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option(help="Just this stage; may be repeated.")] = None,
+) -> None:
+    """Run all stages whose results do not stand already."""
+    _run(config, overrides, only or [])
+
+
+def _stage_verb(name: str) -> Callable[[Path, list[str] | None], None]:
+    def verb(config: ConfigFile, overrides: Overrides = None) -> None:
+        _run(config, overrides, [name])
+
+    return verb
+
+
+for _name, _help in _STAGES.items():
+    app.command(_name, help=_help)(_stage_verb(_name))
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show what a run would do and about how long it takes; change nothing."""
+    settings, run_dir = _settings(config, overrides)
+    from pipeline import runner
+    from pipeline.stages import STAGES
+
+    runner.print_plan(runner.states(settings, STAGES, run_dir), Console())
+
+
+@app.command()
+def status(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show what stands, what it took, and who is at work."""
+    settings, run_dir = _settings(config, overrides)
+    from pipeline import runner
+    from pipeline.stages import STAGES
+
+    runner.print_status(runner.states(settings, STAGES, run_dir), run_dir, Console())
+
+
+@app.command()
+def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Pretrain a native generator or judge on the embedded world."""
+    from pipeline.stages import pretrain as stage
+
+    stage.pretrain(load(stage.PretrainConfig, config, overrides or ()))
+
+
+@app.command()
+def schema(
+    folder: Annotated[Path | None, typer.Argument(help="Write the schemas there instead.")] = None,
+) -> None:
+    """Print the JSON schema of a run's settings, for editors; or write it and that of `pretrain` as files."""
+    from pipeline.config import Config
+
+    if folder is None:
+        typer.echo(_schema(Config), nl=False)
+        return
+    from pipeline.stages.pretrain import PretrainConfig
+    from pipeline.store import atomic_write_text
+
+    atomic_write_text(folder / "run.schema.json", _schema(Config))
+    atomic_write_text(folder / "pretrain.schema.json", _schema(PretrainConfig))
+
+
+def _settings(config: Path, overrides: list[str] | None) -> tuple[Section, Path]:
+    """The resolved settings and the run directory they name."""
+    from pipeline.config import Config
+    from pipeline.loop import run_dir
+
+    settings = load(Config, config, overrides or ())
+    return settings, run_dir(settings)
+
+
+def _run(config: Path, overrides: list[str] | None, only: list[str]) -> None:
+    from pipeline.loop import run_loop
+
+    run_loop(config, overrides or (), only)
+
+
+def _schema(root: type[Section]) -> str:
+    return json.dumps(root.model_json_schema(), indent=2) + "\n"

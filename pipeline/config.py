@@ -1,0 +1,38 @@
+"""The settings of a run. Each section is declared beside the code it turns; this file only composes them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.prompts import PromptSource
+from pipeline.settings import Section
+from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.stages.finetune import FinetuneConfig
+from pipeline.stages.judge import JudgeConfig
+from pipeline.stages.prefer import PreferConfig
+from pipeline.stages.report import ReportConfig
+from pipeline.stages.reward import RewardConfig
+from pipeline.stages.sample import SampleConfig
+
+
+class GeneratorConfig(Section):
+    """Which generator: the folder that `models.load_generator` reads."""
+
+    checkpoint: str
+
+
+class Config(Section):
+    """The root of a run's file. The run lives in `out`/`name`."""
+
+    name: str = Field(min_length=1)
+    out: str = "runs"
+    seed: int = 0
+    prompts: Annotated[PromptSource, Field(discriminator="type")]
+    generator: GeneratorConfig
+    sample: SampleConfig = SampleConfig()
+    judge: JudgeConfig
+    prefer: PreferConfig = PreferConfig()
+    reward: RewardConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()

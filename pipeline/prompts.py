@@ -1,0 +1,91 @@
+"""Where prompts come from: the embedded world's grammar, or a person's text files."""
+
+import random
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from judges.shapes.grammar import SKILLS, sample_prompt
+from models.generator import sample_key
+from pipeline.settings import Section, UserError
+from pipeline.store import hash_path
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, what it exercises, and the id that keys its noise and its groups."""
+
+    text: str
+    skill: str
+
+    @property
+    def id(self) -> str:
+        return sha256(self.text.encode()).hexdigest()[:16]
+
+
+class ShapesPrompts(Section):
+    """Prompts of the embedded world: its `train` split to learn from, its `eval` split to measure on."""
+
+    type: Literal["shapes"]
+
+    def depends(self) -> dict:
+        return self.model_dump()
+
+    def draw(self, seed: int, count: int) -> list[PromptRow]:
+        """`count` different prompts to learn from, even over skills as far as a skill has that many."""
+        rng = random.Random(seed)
+        found: dict[str, PromptRow] = {}
+        for attempt in range(50 * count):
+            if len(found) == count:
+                break
+            prompt = sample_prompt(rng, "train", SKILLS[attempt % len(SKILLS)])
+            found.setdefault(prompt.text, PromptRow(prompt.text, prompt.skill))
+        return list(found.values())
+
+    def held_out(self, seed: int, count: int) -> list[PromptRow]:
+        """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
+        rng = random.Random(seed)
+        prompts = [sample_prompt(rng, "eval", SKILLS[i % len(SKILLS)]) for i in range(count)]
+        return [PromptRow(prompt.text, prompt.skill) for prompt in prompts]
+
+
+class FilePrompts(Section):
+    """UTF-8 text files with one prompt a line: `train` to learn from, `eval` to measure on."""
+
+    type: Literal["file"]
+    train: str
+    eval: str
+
+    def depends(self) -> dict:
+        return {"type": self.type, "train": hash_path(self.train), "eval": hash_path(self.eval)}
+
+    def draw(self, seed: int, count: int) -> list[PromptRow]:
+        lines = _lines(self.train, "prompts.train")
+        return random.Random(seed).sample(lines, min(count, len(lines)))
+
+    def held_out(self, seed: int, count: int) -> list[PromptRow]:
+        lines = _lines(self.eval, "prompts.eval")
+        order = random.Random(seed).sample(lines, len(lines))
+        return [order[i % len(order)] for i in range(count)]
+
+
+PromptSource = ShapesPrompts | FilePrompts
+
+
+def _lines(path: str, field: str) -> list[PromptRow]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{field}: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}: {path} is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not lines:
+        raise UserError(f"{field}: {path} holds no prompt; write one a line")
+    return [PromptRow(line, "") for line in lines]
+
+
+def draw_key(seed: int, *parts: str | int) -> int:
+    """The seed of one drawing of prompts."""
+    return sample_key(seed, "prompts", *parts)

@@ -1,0 +1,1 @@
+"""Reinforcement learning of a generator: an algorithm-blind trainer, and one file per algorithm."""

@@ -1,0 +1,280 @@
+"""The stage `evaluate`: base and tuned generator on the same held-out prompts and noise, and how far to believe
+the judge and the reward model.
+
+The oracle of the embedded world is asked here and nowhere before; other prompts have no gold, and its fields are
+null.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from judges import load_judge
+from judges.shapes.oracle import gold
+from models.generator import load_generator, sample, sample_key
+from pipeline.prompts import draw_key
+from pipeline.runner import Context, Stage, Work
+from pipeline.settings import Section
+from pipeline.stages.finetune import ADAPTER
+from pipeline.stages.judge import JUDGE_SECONDS
+from pipeline.stages.sample import CALL_SECONDS, columns, shards
+from pipeline.store import read_rows, write_rows
+from rewards import metrics
+from rewards.backbones import QFormerReward, RewardProcessor
+from rewards.reward import ModelReward, load_reward
+
+MODELS = ("base", "tuned")
+
+FEATURES = datasets.Features(
+    {
+        "model": datasets.Value("string"),
+        "prompt_id": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "skill": datasets.Value("string"),
+        "sample": datasets.Value("int32"),
+        "image": datasets.Image(),
+        "judge": datasets.Value("float32"),
+        "judge_value": datasets.Value("float32"),
+        "judge_valid": datasets.Value("bool"),
+        "reward": datasets.Value("float32"),
+        "gold": datasets.Value("bool"),
+    }
+)
+PAIRS = datasets.Features(
+    {
+        "prompt_id": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "skill": datasets.Value("string"),
+        "sample_a": datasets.Value("int32"),
+        "sample_b": datasets.Value("int32"),
+        "label": datasets.Value("float32"),
+        "reward_a": datasets.Value("float32"),
+        "reward_b": datasets.Value("float32"),
+        "gold_a": datasets.Value("bool"),
+        "gold_b": datasets.Value("bool"),
+    }
+)
+CURVES = datasets.Features(
+    {
+        "iteration": datasets.Value("int32"),
+        "reward": datasets.Value("float32"),
+        "gold": datasets.Value("float32"),
+        "images": datasets.Value("int32"),
+    }
+)
+
+
+class EvaluateConfig(Section):
+    """On how much to measure: pictures of each of the two generators, `steps` network calls each."""
+
+    images: int = Field(768, ge=2)
+    steps: int = Field(8, ge=1)
+    shift: float = Field(1.0, gt=0)
+    batch: int = Field(128, ge=1)
+    shard: int = Field(256, ge=1)
+
+
+def _depends(config: Any) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "judge": config.judge.depends(),
+    }
+
+
+def _work(config: Any) -> Work:
+    images = 2 * config.evaluate.images
+    return Work(images, images * (config.evaluate.steps * CALL_SECONDS + JUDGE_SECONDS) + 30)
+
+
+def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[bool | None]:
+    return list(gold(images, prompts)) if config.prompts.type == "shapes" else [None] * len(images)
+
+
+def _run(context: Context) -> None:
+    config = context.config
+    device = str(context.accelerator.device)
+    judge = load_judge(config.judge.checkpoint, device)
+    reward = load_reward(context.inputs["reward"].folder / "model", device)
+    generators = {
+        "base": load_generator(config.generator.checkpoint, device=device),
+        "tuned": load_generator(config.generator.checkpoint, context.inputs["finetune"].folder / ADAPTER, device),
+    }
+    settings: EvaluateConfig = config.evaluate
+    prompts = config.prompts.held_out(draw_key(config.seed, "evaluate"), settings.images)
+    wanted = [(model, k) for model in MODELS for k in range(len(prompts))]
+    with context.progress.track(len(wanted), "images", "evaluate") as advance:
+        for name, part in shards(context, wanted, settings.shard):
+            rows = []
+            for model in MODELS:
+                numbers = [k for m, k in part if m == model]
+                texts = [prompts[k].text for k in numbers]
+                keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in numbers]
+                images = list(sample(generators[model], texts, keys, settings.steps, settings.shift, settings.batch))
+                verdicts, rewards = judge.score(images, texts), reward(images, texts)
+                found = zip(numbers, images, verdicts, rewards.values, _gold(config, images, texts), strict=True)
+                for k, image, verdict, value, right in found:
+                    seen = {
+                        "judge": verdict.margin,
+                        "judge_value": verdict.value,
+                        "judge_valid": verdict.valid,
+                        "reward": float(value),
+                        "gold": right,
+                    }
+                    named = {"model": model, **columns(prompts[k]), "sample": k}
+                    rows.append({**named, "image": Image.fromarray(image), **seen})
+            write_rows(context.artifact, name, rows, FEATURES)
+            advance(len(rows))
+    context.accelerator.wait_for_everyone()
+    if context.accelerator.is_main_process:
+        _measure(context, reward)
+
+
+def _measure(context: Context, reward: ModelReward) -> None:
+    """Everything that is computed from all pictures at once."""
+    artifact = context.artifact
+    _measure_rollouts(context)
+    initial = ModelReward(
+        QFormerReward.from_itm(context.config.reward.backbone),
+        RewardProcessor.from_pretrained(context.config.reward.backbone),
+    )
+    pairs, before = _scored_pairs(context, reward, initial)
+    write_rows(artifact, "pairs.parquet", pairs, PAIRS)
+    rows = read_rows(artifact).remove_columns("image").to_list()
+    found = {
+        "generator": {model: generator_metrics([r for r in rows if r["model"] == model]) for model in MODELS},
+        "reward": reward_metrics(pairs, before),
+        "judge": judge_metrics(rows),
+    }
+    artifact.write_text("metrics.json", json.dumps(found, indent=2) + "\n")
+
+
+def _measure_rollouts(context: Context) -> None:
+    """The curves of fine-tuning: reward over all rollouts, gold over the pictures that were kept."""
+    tuned = context.inputs["finetune"]
+    kept = read_rows(tuned, "rollouts-*.parquet")
+    right: dict[int, list[bool | None]] = {}
+    images = [np.asarray(image) for image in kept["image"]]
+    for iteration, passed in zip(kept["iteration"], _gold(context.config, images, kept["prompt"]), strict=True):
+        right.setdefault(iteration, []).append(passed)
+    rows = [
+        {
+            "iteration": curve["iteration"],
+            "reward": curve["reward_mean"],
+            "gold": _share(right.get(curve["iteration"], [])),
+            "images": curve["images"],
+        }
+        for curve in read_rows(tuned, "curves-*.parquet")
+    ]
+    write_rows(context.artifact, "curves.parquet", rows, CURVES)
+
+
+def _scored_pairs(
+    context: Context, reward: ModelReward, initial: ModelReward
+) -> tuple[list[dict[str, Any]], list[tuple[float, float]]]:
+    """The held-out pairs with their rewards, and what the reward model said of them before its training."""
+    pairs = [pair for pair in read_rows(context.inputs["prefer"]) if pair["split"] == "heldout"]
+    prompts = {pair["prompt_id"] for pair in pairs}
+    pictures = read_rows(context.inputs["sample"])
+    chosen = pictures.select([i for i, p in enumerate(pictures["prompt_id"]) if p in prompts])
+    images, texts = [np.asarray(image) for image in chosen["image"]], list(chosen["prompt"])
+    keys = list(zip(chosen["prompt_id"], chosen["sample"], strict=True))
+    after = dict(zip(keys, reward(images, texts).values.tolist(), strict=True))
+    before = dict(zip(keys, initial(images, texts).values.tolist(), strict=True))
+    right = dict(zip(keys, _gold(context.config, images, texts), strict=True))
+    rows = []
+    for pair in pairs:
+        a, b = (pair["prompt_id"], pair["sample_a"]), (pair["prompt_id"], pair["sample_b"])
+        named = {name: pair[name] for name in ("prompt_id", "prompt", "skill", "sample_a", "sample_b", "label")}
+        seen = {"reward_a": after[a], "reward_b": after[b], "gold_a": right[a], "gold_b": right[b]}
+        rows.append({**named, **seen})
+    firsts = [
+        (before[pair["prompt_id"], pair["sample_a"]], before[pair["prompt_id"], pair["sample_b"]]) for pair in pairs
+    ]
+    return rows, firsts
+
+
+def _share(values: Sequence[bool | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _gold_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    share = _share([row["gold"] for row in rows])
+    interval = None
+    if share is not None:
+        interval = list(metrics.wilson_interval(sum(row["gold"] for row in rows), len(rows)))
+    return {"gold": share, "interval": interval, "images": len(rows)}
+
+
+def generator_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Share of pictures that the oracle accepts with Wilson's interval, per skill too; mean judge and reward."""
+    skills = sorted({row["skill"] for row in rows})
+    return {
+        **_gold_metrics(rows),
+        "per_skill": {skill: _gold_metrics([row for row in rows if row["skill"] == skill]) for skill in skills},
+        "judge": float(np.mean([row["judge_value"] for row in rows if row["judge_valid"]])),
+        "reward": float(np.mean([row["reward"] for row in rows])),
+    }
+
+
+def reward_metrics(pairs: Sequence[dict[str, Any]], before: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How often the reward orders a held-out pair as the judge does, and as gold does where it tells them apart.
+
+    Intervals are bootstrapped over prompts; `initial_*` is the backbone before preference training.
+    """
+    label = np.array([pair["label"] for pair in pairs])
+    first, second = (np.array([pair[name] for pair in pairs]) for name in ("reward_a", "reward_b"))
+    old_first, old_second = np.array(before).T
+    prompts = np.array([pair["prompt_id"] for pair in pairs])
+    told = np.array([pair["gold_a"] is not None and pair["gold_a"] != pair["gold_b"] for pair in pairs])
+    truth = np.array([float(bool(pair["gold_a"])) for pair in pairs])
+
+    def accuracy(a: np.ndarray, b: np.ndarray, right: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
+        if not rows.any():
+            return None, None
+        correct = metrics.correctness(a[rows], b[rows], right[rows])
+        return float(correct.mean()), list(metrics.clustered_interval(correct, prompts[rows]))
+
+    clear = label != 0.5
+    judged, judged_interval = accuracy(first, second, label, clear)
+    golden, golden_interval = accuracy(first, second, truth, told)
+    probability = 1 / (1 + np.exp(-(first - second)))
+    return {
+        "accuracy": {
+            "judge": judged,
+            "judge_interval": judged_interval,
+            "gold": golden,
+            "gold_interval": golden_interval,
+            "initial_judge": accuracy(old_first, old_second, label, clear)[0],
+            "initial_gold": accuracy(old_first, old_second, truth, told)[0],
+        },
+        "pairs": len(pairs),
+        "gold_pairs": int(told.sum()),
+        "nll": float(metrics.nll(probability, label)),
+        "brier": float(metrics.brier(probability, label)),
+        "ece": float(metrics.ece(probability, label)),
+        "reliability": [asdict(bin) for bin in metrics.reliability(probability, label)],
+    }
+
+
+def judge_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Balanced accuracy of "margin above 0" against gold, over the pictures of both generators."""
+    known = [row for row in rows if row["gold"] is not None and row["judge_valid"]]
+    said, right = (np.array([row[name] for row in known]) for name in ("judge", "gold"))
+    accuracy = interval = None
+    if known and 0 < right.sum() < len(right):
+        correct = (said > 0) == right
+        accuracy = float((correct[right].mean() + correct[~right].mean()) / 2)
+        ends = [metrics.wilson_interval(int(correct[side].sum()), int(side.sum())) for side in (right, ~right)]
+        interval = [float(np.mean([end[i] for end in ends])) for i in (0, 1)]
+    return {"accuracy": {"gold": accuracy, "interval": interval}, "images": len(known)}
+
+
+EVALUATE = Stage("evaluate", ("sample", "prefer", "reward", "finetune"), _depends, _work, _run)

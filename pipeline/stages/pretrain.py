@@ -1,0 +1,296 @@
+"""Pretraining of the embedded world's generator and judge: what rebuilds the shipped checkpoints.
+
+Not a stage of a run: `python -m pipeline pretrain CONFIG`. Resumable; the finished checkpoint goes to `publish`,
+with its settings and the quality measured on held-out prompts beside it.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from judges.blip2 import TEMPLATE, Blip2Judge
+from judges.qformer import (
+    DenseHead,
+    answering_loss,
+    dense_loss,
+    inherit,
+    matching_logits,
+    matching_loss,
+    sequences,
+    small_config,
+)
+from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, clean
+from judges.shapes.grammar import SKILLS, change_one, holds, sample_prompt, vocabulary
+from judges.shapes.lessons import answering_batch, dense_batch, matching_batch
+from judges.shapes.oracle import gold
+from judges.shapes.questions import decompose, question_vocabulary, questions, whole
+from judges.shapes.render import SIZE, render, scene_of
+from models.codec import codec_loss, to_pixels
+from models.generator import NativeGenerator, sample, sample_key
+from models.pretrain import Batch, new_generator, pretraining_loss
+from models.text import word_tokenizer
+from pipeline.progress import Progress
+from pipeline.settings import Section, dump
+from pipeline.store import atomic_write_text
+from pipeline.training import Average, hybrid_optimizers, train, trapezoid
+
+
+class Optimisation(Section):
+    """Muon's learning rate for hidden matrices, AdamW's for the rest, and the moving average of the weights."""
+
+    matrix_lr: float = Field(3e-3, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    average: float = Field(0.998, ge=0, lt=1)
+    save_every: int = Field(100, ge=1)
+
+
+class GeneratorJob(Section):
+    """A codec, then an MM-DiT on true captions, then on captions of which `noise` have one attribute changed."""
+
+    type: Literal["generator"]
+    codec_steps: int = Field(2000, ge=1)
+    codec_lr: float = Field(4e-3, gt=0)
+    width: int = 128
+    depth: int = 4
+    text_depth: int = 2
+    max_tokens: int = 12
+    batch: int = 128
+    clean_steps: int = Field(2600, ge=0)
+    noisy_steps: int = Field(700, ge=0)
+    noise: float = Field(0.5, ge=0, le=1)
+    optimisation: Optimisation = Optimisation()
+
+
+class JudgeJob(Section):
+    """A BLIP-2 in three tasks: vision, matching, answering (see `judges.qformer`)."""
+
+    type: Literal["judge"]
+    width: int = 128
+    queries: int = 12
+    vision_steps: int = Field(400, ge=1)
+    matching_steps: int = Field(1800, ge=1)
+    answering_steps: int = Field(2000, ge=1)
+    batch: int = 64
+    questions: int = 4
+    length: int = 32
+    optimisation: Optimisation = Optimisation()
+
+
+class PretrainConfig(Section):
+    """The root of a `pretrain` file."""
+
+    name: str
+    out: str = "runs/pretrain"
+    publish: str
+    seed: int = 0
+    job: Annotated[GeneratorJob | JudgeJob, Field(discriminator="type")]
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train, measure and publish."""
+    progress = Progress()
+    folder = Path(config.out) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    job = config.job
+    build = _generator if isinstance(job, GeneratorJob) else _judge
+    fresh = folder / "checkpoint"
+    quality = build(job, config.seed, folder, fresh, progress)
+    atomic_write_text(fresh / "quality.json", json.dumps(quality, indent=2) + "\n")
+    atomic_write_text(fresh / "pretrain.yaml", dump(config))
+    shutil.copytree(fresh, config.publish, dirs_exist_ok=True)
+    progress.say(f"{config.publish}: {json.dumps(quality)}")
+
+
+def _train(
+    name: str,
+    loss_at: Callable[[int], Tensor],
+    modules: Mapping[str, nn.Module],
+    steps: int,
+    decay: int,
+    settings: Optimisation,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Run one task and leave the averaged weights in `modules`."""
+    optimizers = hybrid_optimizers(modules, settings.matrix_lr, settings.lr)
+    average = Average(modules, settings.average)
+    recent: list[float] = []
+    with progress.track(steps, "steps", name) as advance:
+
+        def on_step(step: int, loss: float) -> None:
+            recent.append(loss)
+            advance(1, loss=float(np.mean(recent[-50:])))
+
+        train(
+            loss_at,
+            modules,
+            optimizers,
+            steps,
+            lambda step: trapezoid(step, steps, 50, decay),
+            folder / name,
+            average,
+            settings.save_every,
+            on_step=on_step,
+        )
+    average.swap()
+
+
+def caption_batch(step: int, task: str, size: int, noise: float, seed: int) -> Batch:
+    """Renderings and their captions, a share `noise` of which have one attribute changed."""
+    rng = random.Random(sample_key(seed, task, step))
+    prompts = [sample_prompt(rng, "train") for _ in range(size)]
+    images = render([scene_of(prompt, rng) for prompt in prompts])
+    return images, [(change_one(p, rng) if rng.random() < noise else p).text for p in prompts]
+
+
+def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
+    generator = new_generator(vocabulary(), SIZE, job.width, job.depth, job.text_depth, job.max_tokens, seed)
+
+    def codec_at(step: int) -> Tensor:
+        images, _ = caption_batch(step, "codec", job.batch // 2, 0.0, seed)
+        return codec_loss(generator.codec, to_pixels(images), sample_key(seed, "codec noise", step))
+
+    def captions_at(step: int) -> Batch:
+        return caption_batch(step, "flow", job.batch, job.noise if step >= job.clean_steps else 0.0, seed)
+
+    slow = job.optimisation.model_copy(update={"lr": job.codec_lr})
+    _train(
+        "codec",
+        codec_at,
+        {"codec": generator.codec},
+        job.codec_steps,
+        job.codec_steps // 2,
+        slow,
+        folder,
+        progress,
+    )
+    generator.codec.requires_grad_(False)
+    modules = {"transformer": generator.transformer, "text_encoder": generator.text_encoder}
+    loss_at = pretraining_loss(generator, captions_at, seed)
+    steps = job.clean_steps + job.noisy_steps
+    _train("flow", loss_at, modules, steps, job.noisy_steps, job.optimisation, folder, progress)
+    generator.save_pretrained(out)
+    prompts = [sample_prompt(random.Random(i), "eval", SKILLS[i % len(SKILLS)]) for i in range(510)]
+    images = list(sample(NativeGenerator.from_pretrained(out), [p.text for p in prompts], range(510)))
+    right = np.array(gold(images, [p.text for p in prompts]))
+    per_skill = {skill: float(right[i :: len(SKILLS)].mean()) for i, skill in enumerate(SKILLS)}
+    return {"gold": float(right.mean()), "per_skill": per_skill, "images": len(images)}
+
+
+def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
+    tokenizer = word_tokenizer([*vocabulary(), *question_vocabulary()], extra=["<image>"])
+    tokenizer.model_max_length = 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = (tokenizer, SIZE, PATCH, job.width)
+        matcher = Blip2ForImageTextRetrieval(small_config(*sizes, job.queries, with_text=True))
+        model = Blip2ForConditionalGeneration(small_config(*sizes, job.queries, with_text=False))
+        head = DenseHead(job.width, SHAPE_CLASSES, COLOUR_CLASSES)
+        nn.init.normal_(matcher.query_tokens, std=0.02)
+        nn.init.normal_(model.query_tokens, std=0.02)
+
+    def rng_at(task: str, step: int) -> random.Random:
+        return random.Random(sample_key(seed, task, step))
+
+    def vision_at(step: int) -> Tensor:
+        images, targets = dense_batch(rng_at("vision", step), job.batch)
+        truths = (torch.from_numpy(t) for t in (targets.shape, targets.colour, targets.offset.astype(np.float32)))
+        return dense_loss(matcher.vision_model, head, to_pixels(images), *truths)
+
+    def matching_at(step: int) -> Tensor:
+        batch = matching_batch(rng_at("matching", step), job.batch // 2)
+        ids, mask = _padded(tokenizer, [text for told in batch.texts for text in told])
+        shape = (*batch.labels.shape, -1)
+        return matching_loss(
+            matcher,
+            to_pixels(batch.images),
+            ids.view(shape),
+            mask.view(shape),
+            torch.from_numpy(batch.labels),
+        )
+
+    def answering_at(step: int) -> Tensor:
+        batch = answering_batch(rng_at("answering", step), job.batch // 2, job.questions, TEMPLATE)
+        ids, target = sequences(tokenizer, batch.texts, job.length)
+        return answering_loss(model, to_pixels(batch.images), torch.tensor(batch.index), ids, target)
+
+    settings = job.optimisation
+    vision = {"vision": matcher.vision_model, "head": head}
+    _train("vision", vision_at, vision, job.vision_steps, job.vision_steps // 3, settings, folder, progress)
+    matcher.vision_model.requires_grad_(False)
+    _train(
+        "matching",
+        matching_at,
+        {"matcher": matcher},
+        job.matching_steps,
+        job.matching_steps // 3,
+        settings,
+        folder,
+        progress,
+    )
+    inherit(model, matcher)
+    model.vision_model.requires_grad_(False)
+    _train(
+        "answering",
+        answering_at,
+        {"model": model},
+        job.answering_steps,
+        job.answering_steps // 3,
+        settings,
+        folder,
+        progress,
+    )
+
+    pictures = BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for part, name in ((model, "vqa"), (matcher, "itm")):
+        for saved in (part, tokenizer, pictures):
+            saved.save_pretrained(out / name)
+    return judge_quality(out)
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask
+
+
+def judge_quality(folder: Path, pictures: int = 1000) -> dict:
+    """Share of right answers on renderings of held-out prompts, each asked about its own and a changed prompt."""
+    judge = Blip2Judge.from_pretrained(folder / "vqa", whole=whole, decompose=decompose)
+    matcher = Blip2ForImageTextRetrieval.from_pretrained(folder / "itm").eval()
+    rng = random.Random(0)
+    told = [sample_prompt(rng, "eval") for _ in range(pictures)]
+    examples = [clean(scene_of(prompt, rng)) for prompt in told]
+    told = [prompt if rng.random() < 0.5 else change_one(prompt, rng) for prompt in told]
+    images = [example.image for example in examples]
+    asked = [[whole(prompt.text), *(q.text for q in questions(prompt))] for prompt in told]
+    truths = [
+        [holds(prompt, example.objects), *(q.answer(example.objects) for q in questions(prompt))]
+        for prompt, example in zip(told, examples, strict=True)
+    ]
+    answers = judge.ask(images, asked)
+    right = [[(a.margin > 0) == t for a, t in zip(*row, strict=True)] for row in zip(answers, truths, strict=True)]
+    verdicts = [(min(a.margin for a in found) > 0) == truth[0] for found, truth in zip(answers, truths, strict=True)]
+    ids, mask = _padded(judge.tokenizer, [prompt.text for prompt in told])
+    with torch.inference_mode():
+        features = matcher.vision_model(pixel_values=to_pixels(np.stack(images))).last_hidden_state
+        logits = matching_logits(matcher, features, ids, mask)
+    matched = (logits[:, 1] > logits[:, 0]).numpy() == np.array([truth[0] for truth in truths])
+    flat = [r for row in right for r in row]
+    return {
+        "questions": float(np.mean(flat)),
+        "whole_prompt_question": float(np.mean([row[0] for row in right])),
+        "verdict": float(np.mean(verdicts)),
+        "matching": float(matched.mean()),
+        "images": pictures,
+        "asked": len(flat),
+    }

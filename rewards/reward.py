@@ -1,0 +1,89 @@
+"""Rewards as reinforcement learning sees them: pictures and prompts in, values and their validity out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from judges.base import Judge
+from rewards.backbones import QFormerReward, RewardProcessor, filled
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """`values` (B,) float32; where `valid` (B,) bool is False there is no reward, and the value is NaN."""
+
+    values: np.ndarray
+    valid: np.ndarray
+
+    @classmethod
+    def of(cls, values: Sequence[float] | np.ndarray) -> "Rewards":
+        """Valid where `values` are finite."""
+        values = np.asarray(values, dtype=np.float32)
+        valid = np.isfinite(values)
+        return cls(np.where(valid, values, np.float32(np.nan)), valid)
+
+
+class Reward(Protocol):
+    """Rates pictures (uint8, H x W x 3) against their prompts, in order; higher is better."""
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards: ...
+
+
+class ModelReward:
+    """A reward model's log-odds, in nats.
+
+    The network always runs on exactly `batch` pictures, the last batch filled up: a value is the same to the
+    bit whatever else is rated with it.
+    """
+
+    def __init__(self, model: QFormerReward, processor: RewardProcessor, batch: int = 32):
+        self.model = model.eval()
+        self.processor = processor
+        self.batch = batch
+        self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards:
+        """Raises ValueError where a prompt is too long, or there are not as many prompts as images."""
+        if len(images) != len(prompts):
+            raise ValueError(f"prompts: {len(prompts)} for {len(images)} images")
+        if not len(images):
+            return Rewards.of([])
+        ids, mask = self._encoded(prompts)
+        values = []
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
+            rows = (self.processor.pixels(images[part]), ids[part], mask[part])
+            pixels, *tokens = (filled(row, self.batch).to(self.model.device) for row in rows)
+            rewards = self.model.reward(self.model.encode_images(pixels), *tokens)
+            values.append(rewards[: len(images[part])].float().cpu().numpy())
+        return Rewards.of(np.concatenate(values))
+
+    def _encoded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (B, L); an RL run asks for the same prompts again and again."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._tokens]:
+            self._tokens.update(zip(new, zip(*self.processor.tokens(new), strict=True), strict=True))
+        found = [self._tokens[prompt] for prompt in prompts]
+        return torch.stack([ids for ids, _ in found]), torch.stack([mask for _, mask in found])
+
+
+class JudgeReward:
+    """Direct RLAIF (2309.00267, section 3.2.2): the judge's margin, in nats, is the reward."""
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards:
+        verdicts = self.judge.score(images, prompts)
+        return Rewards.of([verdict.margin if verdict.valid else np.nan for verdict in verdicts])
+
+
+def load_reward(folder: str | Path, device: str | torch.device = "cpu") -> ModelReward:
+    """The reward model and its processor that were saved side by side in `folder`."""
+    model = QFormerReward.from_pretrained(folder, dtype=torch.float32)
+    return ModelReward(model.to(device), RewardProcessor.from_pretrained(folder))

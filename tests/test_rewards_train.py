@@ -1,0 +1,213 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from rewards.backbones import QFormerReward, RewardProcessor
+from rewards.metrics import pairwise_accuracy
+from rewards.preferences import Scored, pairs
+from rewards.reward import ModelReward
+from rewards.train import RewardTraining, Stopped, _order, train
+
+PROMPTS = [f"a {'red ' * reds}{shape}" for reds in range(1, 6) for shape in ("circle", "square")] * 4
+CONFIG = RewardTraining(epochs=3, batch=16, learning_rate=3e-3, save_steps=4)
+
+
+def picture(prompt_id: str, sample: int) -> np.ndarray:
+    """Noise of a redness of its own."""
+    rng = np.random.default_rng([int(prompt_id), sample])
+    noise = rng.integers(0, 60, (32, 32, 3))
+    noise[..., 0] += rng.integers(0, 196)
+    return noise.astype(np.uint8)
+
+
+def redness(prompt_id: str, sample: int) -> float:
+    return float(picture(prompt_id, sample)[..., 0].mean()) / 20
+
+
+def redder_is_better() -> Dataset:
+    scored = [
+        Scored(str(number), prompt, "colours", sample, redness(str(number), sample), True)
+        for number, prompt in enumerate(PROMPTS)
+        for sample in range(3)
+    ]
+    made = pairs(scored, "all", 1.0, 0.2, "rule", "1", heldout=0.3)
+    return Dataset.from_list([dataclasses.asdict(pair) for pair in made])
+
+
+def fit(itm: Path, folder: Path, table: Dataset | None = None, **changes) -> tuple[QFormerReward, dict]:
+    """Train from the checkpoint `itm`: the model and its metrics. `on_step`, `should_stop` go to `train`."""
+    hooks = {name: changes.pop(name) for name in ("on_step", "should_stop") if name in changes}
+    model, processor = QFormerReward.from_itm(itm), RewardProcessor.from_pretrained(itm)
+    config = dataclasses.replace(CONFIG, **changes)
+    return model, train(model, processor, table or redder_is_better(), picture, config, folder, **hooks)
+
+
+def differing(one: QFormerReward, other: QFormerReward) -> list[str]:
+    state = other.state_dict()
+    return [name for name, value in one.state_dict().items() if not torch.equal(value, state[name])]
+
+
+@pytest.fixture(scope="module")
+def reference(itm_folder, tmp_path_factory) -> tuple[QFormerReward, dict]:
+    return fit(itm_folder, tmp_path_factory.mktemp("reference"))
+
+
+def test_learns_a_rule_that_carries_over_to_new_images(itm_folder, reference):
+    model, metrics = reference
+    assert metrics["heldout_accuracy"] > 0.9
+    assert metrics["heldout_nll"] == min(point["heldout_nll"] for point in metrics["curve"])
+    reward = ModelReward(model, RewardProcessor.from_pretrained(itm_folder))
+    new = [(str(number), sample) for number in range(20) for sample in (100, 101)]
+    values = reward([picture(*key) for key in new], [PROMPTS[int(number)] for number, _ in new]).values
+    truth = np.array([redness(*key) for key in new])
+    assert pairwise_accuracy(values[::2], values[1::2], truth[::2] > truth[1::2]) > 0.9
+
+
+def test_only_what_is_not_frozen_changes(itm_folder, reference):
+    changed = differing(reference[0], QFormerReward.from_itm(itm_folder))
+    assert changed
+    assert not any(name.startswith("vision_model.") for name in changed)
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(itm_folder, reference, tmp_path):
+    model, metrics = reference
+    killed_at = metrics["steps"] - 2
+    arguments = (itm_folder, tmp_path / "run", str(killed_at), str(torch.get_num_threads()))
+    child = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL
+    (tmp_path / "run" / "partial-checkpoint-999").mkdir()
+    steps = []
+    resumed, again = fit(itm_folder, tmp_path / "run", on_step=lambda step, *_: steps.append(step))
+    assert 1 < min(steps) <= killed_at
+    assert again == metrics
+    assert differing(resumed, model) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("at", [9, 12])  # within the second epoch and at its end
+def test_stopped_and_resumed_is_the_same_to_the_bit(itm_folder, reference, tmp_path, at):
+    model, metrics = reference
+    seen = []
+    with pytest.raises(Stopped):
+        # Before the end of step `at`, `at` - 1 steps and one evaluation have been seen.
+        fit(itm_folder, tmp_path, on_step=lambda *now: seen.append(now), should_stop=lambda: len(seen) >= at)
+    assert seen[-1][0] == at
+    resumed, again = fit(itm_folder, tmp_path, on_step=lambda *args: seen.append(args))
+    assert again == metrics
+    assert differing(resumed, model) == []
+    assert [step for step, _, shown in seen if "loss" in shown] == list(range(1, metrics["steps"] + 1))
+
+
+def test_a_finished_training_is_not_done_again(itm_folder, tmp_path):
+    first, metrics = fit(itm_folder, tmp_path, epochs=1)
+    seen = []
+    second, again = fit(itm_folder, tmp_path, epochs=1, on_step=lambda *args: seen.append(args))
+    assert seen == []
+    assert again == metrics
+    assert differing(second, first) == []
+
+
+def test_features_may_be_cached_or_not(itm_folder, tmp_path):
+    cached, metrics = fit(itm_folder, tmp_path / "cached", epochs=1)
+    fresh, again = fit(itm_folder, tmp_path / "fresh", epochs=1, cache_features=False)
+    assert again == metrics
+    assert differing(cached, fresh) == []
+
+
+def test_the_best_step_is_restored(itm_folder, tmp_path):
+    def reverse_heldout(row: dict) -> dict:
+        return {"label": 1 - row["label"] if row["split"] == "heldout" else row["label"]}
+
+    table = redder_is_better().map(reverse_heldout)
+    model, metrics = fit(itm_folder, tmp_path / "long", table)
+    assert metrics["best_step"] == metrics["curve"][0]["step"] == metrics["steps"] // 3
+    assert {path.name for path in (tmp_path / "long").iterdir()} == {"checkpoint-6", "checkpoint-18"}
+    interrupted: list[int] = []
+    with pytest.raises(Stopped):
+        fit(
+            itm_folder,
+            tmp_path / "short",
+            table,
+            on_step=lambda step, *_: interrupted.append(step),
+            should_stop=lambda: len(interrupted) > 12,
+        )
+    again, same = fit(itm_folder, tmp_path / "short", table)
+    assert same == metrics
+    assert differing(again, model) == []
+
+
+def test_checkpoints_hold_no_pickle(itm_folder, tmp_path):
+    fit(itm_folder, tmp_path, epochs=1)
+    for path in tmp_path.rglob("*.*"):
+        assert path.suffix in (".safetensors", ".json")
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+def test_order_is_a_permutation_an_epoch_and_keyed_by_the_seed():
+    rows = [3, 5, 8, 13, 21]
+    order = _order(rows, 12, seed=1)
+    assert sorted(order[:5]) == sorted(order[5:10]) == rows
+    assert order[:5] != order[5:10]
+    assert _order(rows, 7, seed=1) == order[:7]
+    assert _order(rows, 12, seed=2) != order
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch", 0),
+        ("save_steps", 0),
+        ("learning_rate", 0.0),
+        ("weight_decay", -1),
+        ("warmup", 1),
+    ],
+)
+def test_settings_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}: "):
+        RewardTraining(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("pairs", lambda table: table.remove_columns("label")),
+        ("split", lambda table: table.filter(lambda row: row["split"] == "train")),
+        ("label", lambda table: table.map(lambda row: {"label": row["label"] + 1})),
+        ("weight", lambda table: table.map(lambda row: {"weight": 0.0})),
+    ],
+)
+def test_broken_pairs_are_named(itm_folder, tmp_path, field, change):
+    model, processor = QFormerReward.from_itm(itm_folder), RewardProcessor.from_pretrained(itm_folder)
+    with pytest.raises(ValueError, match=rf"^{field}: "):
+        train(model, processor, change(redder_is_better()), picture, CONFIG, tmp_path)
+
+
+def _die(itm: str, folder: str, step: str, threads: str) -> None:
+    """Train until `step`, and be killed there."""
+
+    def on_step(now: int, *_: object) -> None:
+        if now == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(int(threads))
+    fit(Path(itm), Path(folder), on_step=on_step)
+
+
+if __name__ == "__main__":
+    _die(*sys.argv[1:])
