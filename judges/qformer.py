@@ -156,9 +156,9 @@ def answering_loss(
 def sequences(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], length: int
 ) -> tuple[Tensor, Tensor]:
-    """Pairs of (given, to say) as ids and targets (R, length) for `answering_loss`; an end token closes each.
+    """Pairs of (given, to say) as ids and targets (R, L) for `answering_loss`; an end token closes each.
 
-    Raises ValueError where one is longer than `length`.
+    L is that of the longest. Raises ValueError where it is above `length`.
     """
     ids = torch.full((len(texts), length), tokenizer.pad_token_id)
     target = torch.full((len(texts), length), IGNORED)
@@ -170,7 +170,8 @@ def sequences(
             raise ValueError(f"length: {len(whole)} tokens do not fit into {length}: {texts[row]}")
         ids[row, : len(whole)] = torch.tensor(whole)
         target[row, len(given) - 1 : len(whole) - 1] = torch.tensor(whole[len(given) :])
-    return ids, target
+    longest = int((ids != tokenizer.pad_token_id).sum(1).max())
+    return ids[:, :longest], target[:, :longest]
 
 
 def inherit(model: Blip2ForConditionalGeneration, teacher: Blip2ForImageTextRetrieval) -> None:

@@ -4,11 +4,22 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+import datasets
+import diffusers
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 _QUIET_SECONDS = 20.0
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars and hints of the libraries; a run shows its own."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+
 
 Advance = Callable[..., None]
 """advance(n=1, **shown): `n` more units are done; `shown` are numbers to show beside."""

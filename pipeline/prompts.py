@@ -9,7 +9,6 @@ from typing import Literal
 from judges.shapes.grammar import SKILLS, sample_prompt
 from models.generator import sample_key
 from pipeline.settings import Section, UserError
-from pipeline.store import hash_path
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ class FilePrompts(Section):
     eval: str
 
     def depends(self) -> dict:
-        return {"type": self.type, "train": hash_path(self.train), "eval": hash_path(self.eval)}
+        lines = {field: _lines(path, f"prompts.{field}") for field, path in (("train", self.train), ("eval", self.eval))}
+        return {"type": self.type, **{field: [row.text for row in rows] for field, rows in lines.items()}}
 
     def draw(self, seed: int, count: int) -> list[PromptRow]:
         lines = _lines(self.train, "prompts.train")

@@ -15,16 +15,56 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
+class Muon(Optimizer):
+    """Momentum, orthogonalised, for hidden matrices (Jordan et al., 2024), scaled to AdamW's step (2502.16982).
+
+    torch.optim.Muon does the same in bfloat16, which a CPU without such units takes several times longer for; this
+    one stays in the matrices' own precision and takes those of one shape together.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                for parameter in parameters:
+                    self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                gradients = [p.grad for p in parameters]
+                buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(gradients, buffers, group["momentum"])
+                updates = orthogonalised(torch.stack(nesterov)) * (0.2 * max(shape) ** 0.5 * group["lr"])
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(parameters, list(updates))
+
+
+def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (K, M, N) with their singular values brought near 1 by Newton and Schulz's quintic iteration."""
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x if wide is matrices else x.mT
+
+
 def hybrid_optimizers(
     modules: Mapping[str, nn.Module], matrix_lr: float, lr: float, decay: float = 0.01
 ) -> list[Optimizer]:
-    """Muon on the hidden matrices, AdamW on embeddings, inputs, outputs, norms and biases (Jordan et al., 2024)."""
+    """Muon on the hidden matrices, AdamW on embeddings, modulations, inputs, outputs and vectors."""
     matrices, others = [], []
     for module in modules.values():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 hidden = parameter.ndim == 2 and any(part in name for part in ("blocks.", "layer.", "layers."))
-                (matrices if hidden and "embed" not in name else others).append(parameter)
+                apart = any(part in name for part in ("embed", "modulation"))
+                (matrices if hidden and not apart else others).append(parameter)
     adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=decay)
     if not matrices:
         return [adam]
@@ -103,6 +143,11 @@ class Average(nn.Module):
             shadow.copy_(kept)
 
 
+def steps_done(folder: Path) -> int:
+    """How many steps the state in `folder` has behind it; 0 where there is none."""
+    return json.loads((folder / "extra.json").read_text())["step"] if folder.is_dir() else 0
+
+
 def train(
     loss_at: Callable[[int], Tensor],
     modules: Mapping[str, nn.Module],
@@ -121,7 +166,8 @@ def train(
     """
     state = {**modules, "average": average} if average is not None else modules
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    first = load_state(folder, state, optimizers)["step"] if folder.is_dir() else 0
+    if (first := steps_done(folder)) > 0:
+        load_state(folder, state, optimizers)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     for step in range(first, steps):
         for optimizer, lrs in zip(optimizers, rates, strict=True):

@@ -119,8 +119,8 @@ def train(
         FloatingPointError: the loss is no finite number.
     """
     rows = _split_rows(pairs)
-    per_epoch = max(1, round(len(rows["train"]) / config.batch))
-    steps = config.epochs * per_epoch
+    steps = step_count(len(rows["train"]), config)
+    per_epoch = steps // config.epochs
     arguments = _arguments(config, folder, per_epoch, on_cpu=model.device.type == "cpu")
     model.to(arguments.device)
     table, keys, texts = _numbered(pairs)
@@ -157,6 +157,11 @@ def train(
         "heldout_accuracy": chosen["heldout_accuracy"],
         "curve": curve,
     }
+
+
+def step_count(pairs: int, config: RewardTraining) -> int:
+    """Optimiser steps on so many training pairs."""
+    return config.epochs * max(1, round(pairs / config.batch))
 
 
 def _split_rows(pairs: Dataset) -> dict[str, list[int]]:

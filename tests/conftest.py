@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Blip2Config, Blip2ForImageTextRetrieval, BlipImageProcessorPil
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    BlipImageProcessorPil,
+)
 
+from judges.qformer import small_config
+from judges.shapes.grammar import vocabulary
+from judges.shapes.questions import question_vocabulary
+from models.pretrain import new_generator
 from models.text import word_tokenizer
 
 WORDS = ("a", "red", "blue", "green", "circle", "square")
@@ -33,4 +42,39 @@ def itm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator of the embedded world that was never trained, yet paints more than grey."""
+    folder = tmp_path_factory.mktemp("generator")
+    generator = new_generator(vocabulary(), size=32, width=32, depth=2, text_depth=1, max_tokens=12, seed=0)
+    random = torch.Generator().manual_seed(1)
+    for module in (generator.transformer, generator.codec):
+        for parameter in module.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
+    generator.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained BLIP-2s of the embedded world's vocabulary: `vqa` answers questions, `itm` matches texts."""
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer = word_tokenizer([*vocabulary(), *question_vocabulary()], extra=["<image>"])
+    tokenizer.model_max_length = 16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, kind in (("vqa", Blip2ForConditionalGeneration), ("itm", Blip2ForImageTextRetrieval)):
+            config = small_config(tokenizer, size=32, patch=8, width=32, queries=4, with_text=name == "itm")
+            model = kind(config)
+            for parameter in model.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+            model.save_pretrained(folder / name)
+            tokenizer.model_max_length = 16 if name == "itm" else 64
+            tokenizer.save_pretrained(folder / name)
+            pictures = BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+            pictures.save_pretrained(folder / name)
+    (folder / "vqa" / "judge.json").write_text('{"questions": "shapes"}')
     return folder

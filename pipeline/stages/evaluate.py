@@ -112,7 +112,7 @@ def _run(context: Context) -> None:
     with context.progress.track(len(wanted), "images", "evaluate") as advance:
         for name, part in shards(context, wanted, settings.shard):
             rows = []
-            for model in MODELS:
+            for model in dict.fromkeys(m for m, _ in part):
                 numbers = [k for m, k in part if m == model]
                 texts = [prompts[k].text for k in numbers]
                 keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in numbers]

@@ -74,6 +74,16 @@ class FinetuneConfig(TrainerSettings):
             raise ValueError("reward: the gold oracle only measures; set finetune.allow_gold to true to train on it")
         return self
 
+    @model_validator(mode="after")
+    def _window_ends_before_the_last_step(self) -> Self:
+        most = self.steps - 1 - self.algorithm.window
+        if self.algorithm.last_start > most:
+            raise ValueError(
+                f"algorithm.last_start: {self.algorithm.last_start} is above {most}; the last of {self.steps} steps "
+                f"has no noise, and {self.algorithm.window} stochastic ones must end before it"
+            )
+        return self
+
 
 class GoldReward:
     """1 where the oracle of the embedded world accepts, otherwise 0."""

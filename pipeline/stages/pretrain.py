@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from judges.blip2 import TEMPLATE, Blip2Judge
@@ -39,10 +44,14 @@ from models.codec import codec_loss, to_pixels
 from models.generator import NativeGenerator, sample, sample_key
 from models.pretrain import Batch, new_generator, pretraining_loss
 from models.text import word_tokenizer
-from pipeline.progress import Progress
+from pipeline.progress import Progress, quiet_libraries
 from pipeline.settings import Section, dump
 from pipeline.store import atomic_write_text
-from pipeline.training import Average, hybrid_optimizers, train, trapezoid
+from pipeline.training import Average, hybrid_optimizers, steps_done, train, trapezoid
+
+
+TEXT_TOKENS = 16
+"""To how many tokens a prompt is padded for image-text matching."""
 
 
 class Optimisation(Section):
@@ -60,13 +69,13 @@ class GeneratorJob(Section):
     type: Literal["generator"]
     codec_steps: int = Field(2000, ge=1)
     codec_lr: float = Field(4e-3, gt=0)
-    width: int = 128
+    width: int = 96
     depth: int = 4
-    text_depth: int = 2
+    text_depth: int = 1
     max_tokens: int = 12
-    batch: int = 128
-    clean_steps: int = Field(2600, ge=0)
-    noisy_steps: int = Field(700, ge=0)
+    batch: int = 96
+    clean_steps: int = Field(2400, ge=0)
+    noisy_steps: int = Field(600, ge=0)
     noise: float = Field(0.5, ge=0, le=1)
     optimisation: Optimisation = Optimisation()
 
@@ -78,8 +87,8 @@ class JudgeJob(Section):
     width: int = 128
     queries: int = 12
     vision_steps: int = Field(400, ge=1)
-    matching_steps: int = Field(1800, ge=1)
-    answering_steps: int = Field(2000, ge=1)
+    matching_steps: int = Field(1000, ge=1)
+    answering_steps: int = Field(1700, ge=1)
     batch: int = 64
     questions: int = 4
     length: int = 32
@@ -98,6 +107,7 @@ class PretrainConfig(Section):
 
 def pretrain(config: PretrainConfig) -> None:
     """Train, measure and publish."""
+    quiet_libraries()
     progress = Progress()
     folder = Path(config.out) / config.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +135,7 @@ def _train(
     optimizers = hybrid_optimizers(modules, settings.matrix_lr, settings.lr)
     average = Average(modules, settings.average)
     recent: list[float] = []
-    with progress.track(steps, "steps", name) as advance:
+    with progress.track(steps, "steps", name, steps_done(folder / name)) as advance:
 
         def on_step(step: int, loss: float) -> None:
             recent.append(loss)
@@ -157,7 +167,7 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
     generator = new_generator(vocabulary(), SIZE, job.width, job.depth, job.text_depth, job.max_tokens, seed)
 
     def codec_at(step: int) -> Tensor:
-        images, _ = caption_batch(step, "codec", job.batch // 2, 0.0, seed)
+        images, _ = caption_batch(step, "codec", 64, 0.0, seed)
         return codec_loss(generator.codec, to_pixels(images), sample_key(seed, "codec noise", step))
 
     def captions_at(step: int) -> Batch:
@@ -189,7 +199,7 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
 
 def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
     tokenizer = word_tokenizer([*vocabulary(), *question_vocabulary()], extra=["<image>"])
-    tokenizer.model_max_length = 16
+    tokenizer.model_max_length = TEXT_TOKENS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = (tokenizer, SIZE, PATCH, job.width)
@@ -253,8 +263,10 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
 
     pictures = BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for part, name in ((model, "vqa"), (matcher, "itm")):
+        tokenizer.model_max_length = TEXT_TOKENS if part is matcher else job.length
         for saved in (part, tokenizer, pictures):
             saved.save_pretrained(out / name)
+    atomic_write_text(out / "vqa" / "judge.json", '{"questions": "shapes"}\n')
     return judge_quality(out)
 
 
@@ -280,7 +292,7 @@ def judge_quality(folder: Path, pictures: int = 1000) -> dict:
     answers = judge.ask(images, asked)
     right = [[(a.margin > 0) == t for a, t in zip(*row, strict=True)] for row in zip(answers, truths, strict=True)]
     verdicts = [(min(a.margin for a in found) > 0) == truth[0] for found, truth in zip(answers, truths, strict=True)]
-    ids, mask = _padded(judge.tokenizer, [prompt.text for prompt in told])
+    ids, mask = _padded(AutoTokenizer.from_pretrained(folder / "itm"), [prompt.text for prompt in told])
     with torch.inference_mode():
         features = matcher.vision_model(pixel_values=to_pixels(np.stack(images))).last_hidden_state
         logits = matching_logits(matcher, features, ids, mask)

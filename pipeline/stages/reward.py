@@ -46,7 +46,7 @@ def _work(config: Any) -> Work:
 
 def _run(context: Context) -> None:
     # trl takes seconds to import; settings and finished runs do not wait for it.
-    from rewards.train import RewardTraining, Stopped, train
+    from rewards.train import RewardTraining, Stopped, step_count, train
 
     config: RewardConfig = context.config.reward
     pairs = read_rows(context.inputs["prefer"])
@@ -64,10 +64,14 @@ def _run(context: Context) -> None:
     model = QFormerReward.from_itm(config.backbone)
     processor = RewardProcessor.from_pretrained(config.backbone)
     folder: Path = context.artifact.resume / "trainer"
-    with context.progress.track(1, "steps", "reward") as advance:
+    steps = step_count(sum(split == "train" for split in pairs["split"]), settings)
+    with context.progress.track(steps, "steps", "reward") as advance:
+        done = 0
 
         def on_step(step: int, steps: int, shown: dict[str, float]) -> None:
-            advance(1, **{name: value for name, value in shown.items() if name in ("loss", "heldout_accuracy")})
+            nonlocal done
+            advance(step - done, **{name: shown[name] for name in ("loss", "heldout_accuracy") if name in shown})
+            done = step
 
         try:
             metrics = train(

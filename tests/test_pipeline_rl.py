@@ -1,0 +1,199 @@
+"""Advantages, rollouts, the GRPO loss, and a trainer that raises a reward it can raise."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from models import lora
+from models.generator import load_generator, sample, sample_key
+from models.samplers import cps, log_prob
+from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
+from pipeline.rl.advantage import group_advantages
+from pipeline.rl.grpo import GRPO, GRPOConfig
+from pipeline.rl.rollout import Plan, rollout
+from pipeline.rl.trainer import Trainer, TrainerSettings
+from pipeline.runner import process_state
+from pipeline.settings import UserError
+from rewards.reward import Rewards
+
+PLAN = Plan(steps=4, shift=1.0, sampler="cps", eta=0.7, start=1, window=2, siblings=3)
+
+
+@pytest.fixture
+def generator(generator_folder):
+    return load_generator(generator_folder)
+
+
+class Brightness:
+    """A reward that any generator can raise."""
+
+    def __call__(self, images, prompts):
+        return Rewards.of([image.mean() for image in images])
+
+
+class Silent:
+    """A reward that never has an answer."""
+
+    def __call__(self, images, prompts):
+        return Rewards.of([float("nan")] * len(images))
+
+
+def trainer_of(generator, reward=None, **settings):
+    process_state()
+    settings = TrainerSettings(**{"groups": 4, "group_size": 6, "steps": 4, **settings})
+    return Trainer(generator, reward or Brightness(), GRPO(GRPOConfig(last_start=2)), settings, 0, Accelerator())
+
+
+def prompts_at(iteration, count=4):
+    return ShapesPrompts(type="shapes").draw(draw_key(0, iteration), count)
+
+
+def predict(generator):
+    return lambda x, t, cond: generator.predict(x, t, cond)
+
+
+def test_group_advantages_against_numpy():
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 8.0]])
+    valid = torch.ones_like(rewards, dtype=torch.bool)
+    found = group_advantages(rewards, valid, "group").values.numpy()
+    expected = (rewards.numpy() - rewards.numpy().mean(1, keepdims=True)) / rewards.numpy().std(1, keepdims=True)
+    assert np.allclose(found, expected, atol=1e-6)
+    away = rewards.numpy() - rewards.numpy().mean(1, keepdims=True)
+    assert np.allclose(group_advantages(rewards, valid).values.numpy(), away / np.sqrt((away**2).mean()), atol=1e-6)
+
+
+def test_invalid_rewards_take_no_part_and_dull_groups_are_dropped():
+    rewards = torch.tensor([[1.0, float("nan"), 3.0], [4.0, 4.0, 4.0], [float("nan"), float("nan"), 2.0]])
+    found = group_advantages(rewards, rewards.isfinite(), "group")
+    assert found.values[0].tolist() == pytest.approx([-1.0, 0.0, 1.0])
+    assert found.kept.tolist() == [True, False, False]
+    assert found.values[1:].abs().max() == 0
+
+
+def test_advantages_are_clipped():
+    rewards = torch.zeros(1, 100)
+    rewards[0, 0] = 1.0
+    assert group_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool), limit=5.0).values.max() == 5.0
+
+
+def test_a_rollout_without_noise_is_the_ode(generator):
+    ids, texts = ["p", "q"], ["a red ring", "a blue cross"]
+    plan = Plan(steps=4, shift=1.0, sampler="cps", eta=1e-6, start=0, window=2, siblings=2)
+    rolled = rollout(generator, predict(generator), generator.encode(texts), ids, (0,), plan, 64)
+    keys = [sample_key(0, i, "start") for i in ids]
+    straight = list(sample(generator, texts, keys, steps=4))
+    for index, image in enumerate(rolled.images):
+        assert np.abs(image.astype(int) - straight[index // 2]).max() <= 1
+
+
+def test_siblings_share_the_path_up_to_the_window_and_part_there(generator):
+    cond = generator.encode(["a red ring", "a blue cross"])
+    rolled = rollout(generator, predict(generator), cond, ["p", "q"], (0,), PLAN, 64)
+    first, second = rolled.transitions
+    assert first.x_s.shape[:2] == (2, 3)
+    assert second.x_s.shape[:2] == (6, 1)
+    assert torch.equal(second.x_t, first.x_s.flatten(0, 1))
+    assert second.prompt.tolist() == [0, 0, 0, 1, 1, 1]
+    assert not np.array_equal(rolled.images[0], rolled.images[1])
+
+
+def test_a_rollout_does_not_depend_on_who_else_is_rolled_out(generator):
+    texts, ids = ["a red ring", "a blue cross"], ["p", "q"]
+    both = rollout(generator, predict(generator), generator.encode(texts), ids, (0, 5), PLAN, 64)
+    alone = rollout(generator, predict(generator), generator.encode(texts[1:]), ids[1:], (0, 5), PLAN, 2)
+    assert np.abs(both.images[3:].astype(int) - alone.images).max() <= 1
+
+
+def transition_of(generator):
+    cond = generator.encode(["a red ring"])
+    return cond, rollout(generator, predict(generator), cond, ["p"], (0,), PLAN, 64).transitions[0]
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_the_log_probability(generator):
+    cond, transition = transition_of(generator)
+    algorithm = GRPO(GRPOConfig(kl=0.0))
+    gains = torch.tensor([[1.0, -2.0, 0.5]])
+    v = generator.predict(transition.x_t, transition.t, cond).detach().requires_grad_()
+    loss = algorithm.loss(transition, v, None, gains)
+    assert loss.total.item() == pytest.approx(-gains.mean().item(), abs=1e-5)
+    assert loss.clipped.item() == 0
+    (found,) = torch.autograd.grad(loss.total.sum(), v)
+    again = v.detach().requires_grad_()
+    drawn = step_of(transition, again)
+    logs = log_prob(transition.x_s[0], drawn.mean.expand(3, -1, -1, -1), drawn.std)
+    (expected,) = torch.autograd.grad(-(logs * gains[0]).mean(), again)
+    assert torch.allclose(found, expected, atol=1e-7)
+
+
+def step_of(transition, v):
+    return cps(transition.x_t, v, transition.t, transition.s, 0.7, None)
+
+
+def test_beyond_the_clip_there_is_no_gradient_and_kl_has_one(generator):
+    cond, transition = transition_of(generator)
+    v = generator.predict(transition.x_t, transition.t, cond)
+    moved = (v + 0.5).detach().requires_grad_()
+    drawn = step_of(transition, moved)
+    better = log_prob(transition.x_s[0], drawn.mean.expand(3, -1, -1, -1), drawn.std) > transition.old[0]
+    gains = torch.where(better, 1.0, -1.0)[None]
+    loss = GRPO(GRPOConfig(kl=0.0, clip=1e-9)).loss(transition, moved, None, gains)
+    assert loss.clipped.item() == 1
+    (gradient,) = torch.autograd.grad(loss.total.sum(), moved)
+    assert gradient.abs().max() == 0
+    loss = GRPO(GRPOConfig(kl=1.0, clip=1e-9)).loss(transition, moved, v, gains)
+    assert loss.kl.item() > 0
+    (gradient,) = torch.autograd.grad(loss.total.sum(), moved)
+    assert gradient.abs().max() > 0
+
+
+def test_the_trainer_raises_a_reward_and_leaves_the_base_alone(generator):
+    base = copy.deepcopy(generator.transformer.state_dict())
+    trainer = trainer_of(generator, learning_rate=5e-3)
+    found = [trainer.iterate(prompts_at(i)) for i in range(12)]
+    assert found[-1].reward_mean > found[0].reward_mean + 2 * found[0].reward_std
+    assert found[0].clip_fraction == 0
+    assert found[0].kl == pytest.approx(0, abs=1e-6)
+    assert found[-1].kl > 0
+    with lora.reference(trainer.tuned):
+        after = trainer.tuned.state_dict()
+    names = {name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias"): name for name in base}
+    for name, value in after.items():
+        if name in base or name in names:
+            assert torch.equal(value, base[names.get(name, name)])
+
+
+def test_a_resumed_trainer_goes_on_to_the_bit(generator, generator_folder, tmp_path):
+    whole = trainer_of(generator, updates=2)
+    for i in range(4):
+        if i == 2:
+            whole.save(tmp_path / "state")
+        whole.iterate(prompts_at(i))
+    resumed = trainer_of(load_generator(generator_folder), updates=2)
+    resumed.load(tmp_path / "state")
+    assert resumed.done == 2
+    for i in (2, 3):
+        resumed.iterate(prompts_at(i))
+    for a, b in zip(whole.trained, resumed.trained, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.average.shadow, resumed.average.shadow, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_any_reward_nothing_moves(generator):
+    trainer = trainer_of(generator, Silent())
+    before = [p.clone() for p in trainer.trained]
+    done = trainer.iterate(prompts_at(0))
+    assert done.groups_dropped == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.trained, strict=True))
+
+
+def test_groups_that_cannot_be_shared_out_are_an_error(generator):
+    with pytest.raises(UserError, match=r"finetune\.groups"):
+        trainer_of(generator, groups=3, updates=2)
+
+
+def test_prompt_ids_key_the_text():
+    assert PromptRow("a ring", "x").id == PromptRow("a ring", "y").id != PromptRow("a cross", "x").id
