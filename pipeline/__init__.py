@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run"]
+__all__ = ["run", "run_stage"]
 
 
 def run(config: str | Path, *overrides: str) -> dict[str, Any] | None:
@@ -15,3 +15,10 @@ def run(config: str | Path, *overrides: str) -> dict[str, Any] | None:
     from pipeline.loop import run_loop
 
     return run_loop(config, overrides)
+
+
+def run_stage(config: str | Path, stage: str, *overrides: str) -> None:
+    """Run one stage, as `python -m pipeline STAGE` does; its inputs must stand."""
+    from pipeline.loop import run_loop
+
+    run_loop(config, overrides, [stage])

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 _QUIET_SECONDS = 20.0
 
+
 def quiet_libraries() -> None:
     """Switch off the progress bars and hints of the libraries; a run shows its own."""
     datasets.disable_progress_bars()

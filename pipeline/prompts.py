@@ -57,7 +57,9 @@ class FilePrompts(Section):
     eval: str
 
     def depends(self) -> dict:
-        lines = {field: _lines(path, f"prompts.{field}") for field, path in (("train", self.train), ("eval", self.eval))}
+        lines = {
+            field: _lines(path, f"prompts.{field}") for field, path in (("train", self.train), ("eval", self.eval))
+        }
         return {"type": self.type, **{field: [row.text for row in rows] for field, rows in lines.items()}}
 
     def draw(self, seed: int, count: int) -> list[PromptRow]:

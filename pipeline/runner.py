@@ -296,7 +296,7 @@ def _run_stage(stage: Stage, digest: str, context: Context) -> None:
     if process.is_main_process:
         artifact.begin(digest)
     process.wait_for_everyone()
-    context.event("stage_start", stage=stage.name, fingerprint=digest)
+    context.event("stage_start", stage=stage.name, fingerprint=digest, processes=process.num_processes)
     started = time.monotonic()
     try:
         context.check_stop()

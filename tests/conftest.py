@@ -1,9 +1,11 @@
 """What several test files need."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -78,3 +80,48 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pictures.save_pretrained(folder / name)
     (folder / "vqa" / "judge.json").write_text('{"questions": "shapes"}')
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of a test file live."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def config_at(folder: Path, generator_folder: Path, judge_folder: Path) -> Callable[..., Path]:
+    """Writes the settings of a tiny run of a given name, with changes by section."""
+
+    def write(name: str, **changes: dict) -> Path:
+        settings = _tiny(name, folder, generator_folder, judge_folder)
+        for section, values in changes.items():
+            settings[section].update(values)
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+def _tiny(name: str, folder: Path, generator: Path, judge: Path) -> dict:
+    return {
+        "name": name,
+        "out": str(folder),
+        "prompts": {"type": "shapes"},
+        "generator": {"checkpoint": str(generator)},
+        "sample": {"prompts": 18, "images_per_prompt": 3, "steps": 2, "shard": 20},
+        "judge": {"checkpoint": str(judge / "vqa"), "shard": 20},
+        "prefer": {"min_gap": 0.0, "heldout": 0.3},
+        "reward": {"backbone": str(judge / "itm"), "epochs": 2, "batch": 8, "learning_rate": 1e-3, "save_steps": 2},
+        "finetune": {
+            "iterations": 4,
+            "groups": 2,
+            "group_size": 3,
+            "steps": 3,
+            "kept_images": 4,
+            "save_every": 2,
+            "algorithm": {"type": "grpo", "last_start": 1},
+        },
+        "evaluate": {"images": 12, "steps": 2, "shard": 10},
+        "report": {"examples_per_skill": 1},
+    }

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 import pipeline
 from models import load_generator, sample
@@ -53,48 +52,6 @@ def published(temporary, path):
 progress.Progress.track, store._publish = counted, published
 pipeline.run(config)
 """
-
-
-def settings_of(name: str, folder: Path, generator: Path, judge: Path) -> dict:
-    return {
-        "name": name,
-        "out": str(folder),
-        "prompts": {"type": "shapes"},
-        "generator": {"checkpoint": str(generator)},
-        "sample": {"prompts": 18, "images_per_prompt": 3, "steps": 2, "shard": 20},
-        "judge": {"checkpoint": str(judge / "vqa"), "shard": 20},
-        "prefer": {"min_gap": 0.0, "heldout": 0.3},
-        "reward": {"backbone": str(judge / "itm"), "epochs": 2, "batch": 8, "learning_rate": 1e-3, "save_steps": 2},
-        "finetune": {
-            "iterations": 4,
-            "groups": 2,
-            "group_size": 3,
-            "steps": 3,
-            "kept_images": 4,
-            "save_every": 2,
-            "algorithm": {"type": "grpo", "last_start": 1},
-        },
-        "evaluate": {"images": 12, "steps": 2, "shard": 10},
-        "report": {"examples_per_skill": 1},
-    }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def config_at(folder, generator_folder, judge_folder):
-    def write(name: str, **changes: dict) -> Path:
-        settings = settings_of(name, folder, generator_folder, judge_folder)
-        for section, values in changes.items():
-            settings[section].update(values)
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ def loss_at(step):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
     return (net["blocks"][0](x) - x[:, :4]).square().mean()
 average = Average(modules, 0.9)
-train(loss_at, modules, hybrid_optimizers(modules, 1e-2, 1e-2), 20, lambda s: 1.0, Path(sys.argv[1]), average, save_every=3)
+optimizers = hybrid_optimizers(modules, 1e-2, 1e-2)
+train(loss_at, modules, optimizers, 20, lambda s: 1.0, Path(sys.argv[1]), average, save_every=3)
 """
 
 

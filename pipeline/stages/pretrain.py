@@ -49,7 +49,6 @@ from pipeline.settings import Section, dump
 from pipeline.store import atomic_write_text
 from pipeline.training import Average, hybrid_optimizers, steps_done, train, trapezoid
 
-
 TEXT_TOKENS = 16
 """To how many tokens a prompt is padded for image-text matching."""
 
@@ -64,7 +63,11 @@ class Optimisation(Section):
 
 
 class GeneratorJob(Section):
-    """A codec, then an MM-DiT on true captions, then on captions of which `noise` have one attribute changed."""
+    """A codec, then an MM-DiT on its latents.
+
+    The MM-DiT sees objects anywhere for `free_steps`, objects on the lattice for `clean_steps`, both with true
+    captions, and then for `noisy_steps` captions of which a share `noise` has one attribute changed.
+    """
 
     type: Literal["generator"]
     codec_steps: int = Field(2000, ge=1)
@@ -74,8 +77,9 @@ class GeneratorJob(Section):
     text_depth: int = 1
     max_tokens: int = 12
     batch: int = 96
-    clean_steps: int = Field(2400, ge=0)
-    noisy_steps: int = Field(600, ge=0)
+    free_steps: int = Field(900, ge=0)
+    clean_steps: int = Field(1500, ge=0)
+    noisy_steps: int = Field(500, ge=0)
     noise: float = Field(0.5, ge=0, le=1)
     optimisation: Optimisation = Optimisation()
 
@@ -155,11 +159,11 @@ def _train(
     average.swap()
 
 
-def caption_batch(step: int, task: str, size: int, noise: float, seed: int) -> Batch:
+def caption_batch(step: int, task: str, size: int, noise: float, lattice: bool, seed: int) -> Batch:
     """Renderings and their captions, a share `noise` of which have one attribute changed."""
     rng = random.Random(sample_key(seed, task, step))
     prompts = [sample_prompt(rng, "train") for _ in range(size)]
-    images = render([scene_of(prompt, rng) for prompt in prompts])
+    images = render([scene_of(prompt, rng, lattice) for prompt in prompts])
     return images, [(change_one(p, rng) if rng.random() < noise else p).text for p in prompts]
 
 
@@ -167,11 +171,12 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
     generator = new_generator(vocabulary(), SIZE, job.width, job.depth, job.text_depth, job.max_tokens, seed)
 
     def codec_at(step: int) -> Tensor:
-        images, _ = caption_batch(step, "codec", 64, 0.0, seed)
+        images, _ = caption_batch(step, "codec", 64, 0.0, False, seed)
         return codec_loss(generator.codec, to_pixels(images), sample_key(seed, "codec noise", step))
 
     def captions_at(step: int) -> Batch:
-        return caption_batch(step, "flow", job.batch, job.noise if step >= job.clean_steps else 0.0, seed)
+        noise = job.noise if step >= job.free_steps + job.clean_steps else 0.0
+        return caption_batch(step, "flow", job.batch, noise, step >= job.free_steps, seed)
 
     slow = job.optimisation.model_copy(update={"lr": job.codec_lr})
     _train(
@@ -187,7 +192,7 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
     generator.codec.requires_grad_(False)
     modules = {"transformer": generator.transformer, "text_encoder": generator.text_encoder}
     loss_at = pretraining_loss(generator, captions_at, seed)
-    steps = job.clean_steps + job.noisy_steps
+    steps = job.free_steps + job.clean_steps + job.noisy_steps
     _train("flow", loss_at, modules, steps, job.noisy_steps, job.optimisation, folder, progress)
     generator.save_pretrained(out)
     prompts = [sample_prompt(random.Random(i), "eval", SKILLS[i % len(SKILLS)]) for i in range(510)]

@@ -1,0 +1,57 @@
+"""Two processes make what one makes: the same bytes when sampling, the same numbers to rounding when training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline.store import Artifact, read_rows
+
+HOME = Path(__file__).parent.parent
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu-2.yaml")]
+
+
+def launch(stage: str, config: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "-m", "pipeline", stage, str(config)],
+        cwd=HOME,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs(config_at, folder):
+    pipeline.run(config_at("one"))
+    path = config_at("two")
+    launch("sample", path)
+    for stage in ("judge", "prefer", "reward"):
+        pipeline.run_stage(path, stage)
+    launch("finetune", path)
+    return folder / "one", folder / "two"
+
+
+def test_two_processes_took_part(runs):
+    events = [json.loads(line) for line in (runs[1] / "events.jsonl").read_text().splitlines()]
+    processes = {event["stage"]: event["processes"] for event in events if event["kind"] == "stage_start"}
+    assert processes == {"sample": 2, "judge": 1, "prefer": 1, "reward": 1, "finetune": 2}
+
+
+def test_sampled_shards_are_the_same_bytes(runs):
+    one, two = (Artifact(run / "sample").files for run in runs)
+    assert one == two
+
+
+def test_fine_tuning_agrees_to_rounding(runs):
+    one, two = (read_rows(Artifact(run / "finetune"), "curves-*.parquet") for run in runs)
+    assert np.allclose(one["reward_mean"], two["reward_mean"], atol=1e-3)
+    assert np.allclose(one["grad_norm"], two["grad_norm"], rtol=1e-2)
+    assert one["groups"] == two["groups"]

@@ -1,0 +1,73 @@
+"""`pretrain` leaves checkpoints that the loaders read, with their recipe and quality, and goes on where it was."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from judges import load_judge
+from judges.shapes.grammar import parse
+from judges.shapes.oracle import follows
+from models import load_generator, sample
+from pipeline.settings import load
+from pipeline.stages.pretrain import PretrainConfig, caption_batch, pretrain
+from rewards.backbones import QFormerReward, RewardProcessor
+
+JOBS = {
+    "generator": {
+        "codec_steps": 2,
+        "width": 32,
+        "depth": 1,
+        "batch": 4,
+        "free_steps": 1,
+        "clean_steps": 1,
+        "noisy_steps": 1,
+    },
+    "judge": {"width": 32, "queries": 2, "batch": 4, "vision_steps": 2, "matching_steps": 2, "answering_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+
+    def run(kind):
+        path = folder / f"{kind}.yaml"
+        job = {"type": kind, **JOBS[kind]}
+        settings = {"name": kind, "out": str(folder / "runs"), "publish": str(folder / kind), "job": job}
+        path.write_text(yaml.safe_dump(settings))
+        pretrain(load(PretrainConfig, path))
+        return folder / kind
+
+    return run
+
+
+def test_a_generator_is_published_with_its_recipe_and_quality(published):
+    folder = published("generator")
+    image = next(iter(sample(load_generator(folder), ["a red ring"], [0], steps=2)))
+    assert image.shape == (32, 32, 3)
+    quality = json.loads((folder / "quality.json").read_text())
+    assert 0 <= quality["gold"] <= 1
+    assert yaml.safe_load((folder / "pretrain.yaml").read_text())["job"]["clean_steps"] == 1
+
+
+def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(published):
+    folder = published("judge")
+    image = np.zeros((32, 32, 3), np.uint8)
+    verdict = load_judge(folder / "vqa").score([image], ["a red ring above a blue cross"])[0]
+    assert len(verdict.evidence) == 5
+    model = QFormerReward.from_itm(folder / "itm")
+    ids, mask = RewardProcessor.from_pretrained(folder / "itm").tokens(["a red ring above a blue cross"])
+    assert ids.shape == mask.shape == (1, 16)
+    assert model.config.num_query_tokens == 2
+    before = (folder / "vqa" / "model.safetensors").read_bytes()
+    assert (published("judge") / "vqa" / "model.safetensors").read_bytes() == before
+
+
+def test_captions_are_true_or_false_in_the_share_asked_for():
+    for noise, share in ((0.0, 1.0), (1.0, 0.0)):
+        for lattice in (False, True):
+            images, captions = caption_batch(0, "t", 60, noise, lattice, 0)
+            right = [follows(image, parse(text)) for image, text in zip(images, captions, strict=True)]
+            assert np.mean(right) == share
