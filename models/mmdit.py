@@ -57,7 +57,10 @@ class Block(nn.Module):
         self.image = Stream(width, heads, mlp_ratio)
         self.text = Stream(width, heads, mlp_ratio)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, c: Tensor, cos: Tensor, sin: Tensor, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens `x` (B, N, W) and text tokens `y` (B, L, W) under `c` (B, W); `last` leaves `y` as it is."""
         mx = self.image.modulation(c)[:, None].chunk(6, -1)  # 6 x (B, 1, W)
         my = self.text.modulation(c)[:, None].chunk(6, -1)
         qx, kx, vx = self.image.attention_in(x, mx[0], mx[1])  # (B, H, N, D)
@@ -68,7 +71,8 @@ class Block(nn.Module):
         heard = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L + N, W)
         heard_y, heard_x = heard.split([y.shape[1], x.shape[1]], 1)
         x = self.image.mlp(self.image.attention_out(x, heard_x, mx[2]), *mx[3:])
-        y = self.text.mlp(self.text.attention_out(y, heard_y, my[2]), *my[3:])
+        if not last:
+            y = self.text.mlp(self.text.attention_out(y, heard_y, my[2]), *my[3:])
         return x, y
 
 
@@ -116,7 +120,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         c = F.silu(time + self.pooled_in(text.mean(1)))  # (B, W)
         y = self.text_in(text)  # (B, L, W)
         for block in self.blocks:
-            x, y = block(x, y, c, self.cos, self.sin)
+            x, y = block(x, y, c, self.cos, self.sin, last=block is self.blocks[-1])
         shift, scale = self.modulation_out(c)[:, None].chunk(2, -1)
         x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, C p p)
         x = x.unflatten(2, (-1, p, p)).unflatten(1, (cells, cells))  # (B, h, w, C, p, p)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import datasets
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 from pydantic import Field, model_validator
 
@@ -117,7 +118,10 @@ def _run(context: Context) -> None:
     config, artifact = context.config, context.artifact
     settings: FinetuneConfig = config.finetune
     generator = load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
-    trainer = Trainer(generator, _reward(context), GRPO(settings.algorithm), settings, config.seed, Accelerator())
+    # The text stream of an MM-DiT's last block leads nowhere, so its adapters get no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(kwargs_handlers=[unused])
+    trainer = Trainer(generator, _reward(context), GRPO(settings.algorithm), settings, config.seed, accelerator)
     if (checkpoint := artifact.resume / "trainer").is_dir():
         trainer.load(checkpoint)
     pending: list[Iteration] = []

@@ -78,9 +78,9 @@ class GeneratorJob(Section):
     max_tokens: int = 12
     batch: int = 96
     free_steps: int = Field(900, ge=0)
-    clean_steps: int = Field(1500, ge=0)
-    noisy_steps: int = Field(500, ge=0)
-    noise: float = Field(0.5, ge=0, le=1)
+    clean_steps: int = Field(3400, ge=0)
+    noisy_steps: int = Field(600, ge=0)
+    noise: float = Field(0.2, ge=0, le=1)
     optimisation: Optimisation = Optimisation()
 
 
@@ -92,7 +92,7 @@ class JudgeJob(Section):
     queries: int = 12
     vision_steps: int = Field(400, ge=1)
     matching_steps: int = Field(1000, ge=1)
-    answering_steps: int = Field(1700, ge=1)
+    answering_steps: int = Field(2400, ge=1)
     batch: int = 64
     questions: int = 4
     length: int = 32
