@@ -1,6 +1,7 @@
 """LoRA on a generator's transformer (2106.09685), by peft through diffusers: attach, set aside, merge, save."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+_CONFIG = "lora_adapter_metadata"
 
 
 def attach(transformer: PeftAdapterMixin, targets: Sequence[str], rank: int, alpha: float, seed: int) -> None:
@@ -47,5 +51,12 @@ def merge_into(plain: nn.Module, tuned: nn.Module) -> None:
 
 
 def save(transformer: PeftAdapterMixin, folder: str | Path) -> None:
-    """Write the adapter in the diffusers format, which `load_lora_adapter` reads."""
+    """Write the adapter in the diffusers format, which `load_lora_adapter` reads, to the same bytes each time."""
     transformer.save_lora_adapter(folder, weight_name=WEIGHTS)
+    path = Path(folder) / WEIGHTS
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    # peft keeps the targets in a set, whose order differs from process to process.
+    config = json.loads(metadata[_CONFIG])
+    metadata[_CONFIG] = json.dumps({**config, "target_modules": sorted(config["target_modules"])}, sort_keys=True)
+    save_file(load_file(path), path, metadata)

@@ -135,7 +135,7 @@ class Trainer:
         seen = every[every_valid]
         return Iteration(
             reward_mean=float(seen.mean()),
-            reward_std=float(seen.std()),
+            reward_std=float(seen.std(correction=0)),
             **learned,
             groups=len(prompts),
             groups_dropped=len(prompts) - int(found.kept.sum()),
