@@ -90,7 +90,7 @@ def _depends(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     images = 2 * config.evaluate.images
-    return Work(images, images * (config.evaluate.steps * CALL_SECONDS + JUDGE_SECONDS) + 30)
+    return Work(images, images * (config.evaluate.steps * CALL_SECONDS + 2 * JUDGE_SECONDS))
 
 
 def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[bool | None]:

@@ -102,7 +102,7 @@ def _depends(config: Any) -> dict[str, Any]:
 def _work(config: Any) -> Work:
     settings: FinetuneConfig = config.finetune
     images = settings.iterations * settings.groups * settings.group_size
-    return Work(images, images * (settings.steps * CALL_SECONDS + 2e-3))
+    return Work(images, images * settings.steps * CALL_SECONDS * 0.6)
 
 
 def _reward(context: Context) -> Reward:

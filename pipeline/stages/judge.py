@@ -13,7 +13,7 @@ from pipeline.settings import Section
 from pipeline.stages.sample import shards
 from pipeline.store import hash_path, read_rows, write_rows
 
-JUDGE_SECONDS = 4e-3
+JUDGE_SECONDS = 6e-3
 """One picture and its questions for the embedded judge, on the reference machine."""
 
 FEATURES = datasets.Features(
