@@ -56,7 +56,8 @@ def save(transformer: PeftAdapterMixin, folder: str | Path) -> None:
     path = Path(folder) / WEIGHTS
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    # peft keeps the targets in a set, whose order differs from process to process.
+    # Two orders differ from process to process: of the targets, which peft keeps in a set, and of metadata keys in a
+    # safetensors header, of which only one is kept.
     config = json.loads(metadata[_CONFIG])
-    metadata[_CONFIG] = json.dumps({**config, "target_modules": sorted(config["target_modules"])}, sort_keys=True)
-    save_file(load_file(path), path, metadata)
+    ordered = json.dumps({**config, "target_modules": sorted(config["target_modules"])}, sort_keys=True)
+    save_file(load_file(path), path, {_CONFIG: ordered})

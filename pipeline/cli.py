@@ -119,16 +119,20 @@ def schema(
 def _settings(config: Path, overrides: list[str] | None) -> tuple[Section, Path]:
     """The resolved settings and the run directory they name."""
     from pipeline.config import Config
-    from pipeline.loop import run_dir
 
     settings = load(Config, config, overrides or ())
+    from pipeline.loop import run_dir
+
     return settings, run_dir(settings)
 
 
 def _run(config: Path, overrides: list[str] | None, only: list[str]) -> None:
+    from pipeline.config import Config
+
+    settings = load(Config, config, overrides or ())
     from pipeline.loop import run_loop
 
-    run_loop(config, overrides or (), only)
+    run_loop(settings, only=only)
 
 
 def _schema(root: type[Section]) -> str:

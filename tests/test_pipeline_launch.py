@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pipeline
 from pipeline.store import Artifact, read_rows
@@ -20,7 +21,7 @@ def launch(stage: str, config: Path) -> None:
     done = subprocess.run(
         [sys.executable, *LAUNCH, "-m", "pipeline", stage, str(config)],
         cwd=HOME,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         check=False,

@@ -1,11 +1,12 @@
 """The stage `sample`: pictures of the training prompts, several each, for a judge to compare."""
 
+import random
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import datasets
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.generator import load_generator, sample, sample_key
 from pipeline.prompts import PromptRow, draw_key
@@ -25,6 +26,7 @@ FEATURES = datasets.Features(
         "prompt": datasets.Value("string"),
         "skill": datasets.Value("string"),
         "sample": datasets.Value("int32"),
+        "painted": datasets.Value("string"),
         "image": datasets.Image(),
     }
 )
@@ -35,6 +37,8 @@ class SampleConfig(Section):
 
     Attributes:
         images_per_prompt: siblings of one prompt; pairs are made among them.
+        foreign: so many of the siblings are painted from a similar prompt instead. They show a judge what the prompt
+            did not ask for, which a reward that never saw it would be free to add.
         steps: network calls a picture.
         shift: above 1 spends more of the steps near the noise.
         shard: pictures a file, the unit in which an interrupted stage goes on.
@@ -42,10 +46,19 @@ class SampleConfig(Section):
 
     prompts: int = Field(384, ge=2)
     images_per_prompt: int = Field(6, ge=2)
+    foreign: int = Field(0, ge=0)
     steps: int = Field(8, ge=1)
     shift: float = Field(1.0, gt=0)
     batch: int = Field(128, ge=1)
     shard: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _some_are_their_own(self) -> Self:
+        if self.foreign > self.images_per_prompt - 1:
+            raise ValueError(
+                f"foreign: {self.foreign} of {self.images_per_prompt} images_per_prompt leave none of its own"
+            )
+        return self
 
 
 def shards(context: Context, items: Sequence[T], size: int) -> Iterator[tuple[str, Sequence[T]]]:
@@ -62,7 +75,7 @@ def shards(context: Context, items: Sequence[T], size: int) -> Iterator[tuple[st
 
 def _depends(config: Any) -> dict[str, Any]:
     return {
-        "version": 1,
+        "version": 2,
         "seed": config.seed,
         "generator": hash_path(config.generator.checkpoint),
         "prompts": config.prompts.depends(),
@@ -79,20 +92,35 @@ def _run(context: Context) -> None:
     config = context.config
     settings: SampleConfig = config.sample
     prompts = config.prompts.draw(draw_key(config.seed, "sample"), settings.prompts)
-    wanted = [(prompt, k) for prompt in prompts for k in range(settings.images_per_prompt)]
+    painted = paintings(prompts, settings.images_per_prompt, settings.foreign, config.seed)
+    wanted = [(prompt, k, text) for prompt, texts in zip(prompts, painted, strict=True) for k, text in enumerate(texts)]
     generator = load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
     with context.progress.track(
         len(wanted), "images", "sample", _done(context, len(wanted), settings.shard)
     ) as advance:
         for name, part in shards(context, wanted, settings.shard):
-            keys = [sample_key(config.seed, "sample", prompt.id, k) for prompt, k in part]
-            texts = [prompt.text for prompt, _ in part]
+            keys = [sample_key(config.seed, "sample", prompt.id, k) for prompt, k, _ in part]
+            texts = [text for _, _, text in part]
             images = sample(generator, texts, keys, settings.steps, settings.shift, settings.batch)
             rows = []
-            for (prompt, k), image in zip(part, images, strict=True):
-                rows.append({**columns(prompt), "sample": k, "image": Image.fromarray(image)})
+            for (prompt, k, text), image in zip(part, images, strict=True):
+                rows.append({**columns(prompt), "sample": k, "painted": text, "image": Image.fromarray(image)})
                 advance()
             write_rows(context.artifact, name, rows, FEATURES)
+
+
+def paintings(prompts: Sequence[PromptRow], siblings: int, foreign: int, seed: int) -> list[list[str]]:
+    """The texts that the siblings of each prompt are painted from: its own, and for the last `foreign` of them one of
+    the ten other prompts that share most words with it (Jaccard)."""
+    words = [set(prompt.text.split()) for prompt in prompts]
+    found = []
+    for index, prompt in enumerate(prompts):
+        alike = [len(words[index] & other) / len(words[index] | other) for other in words]
+        near = sorted((i for i in range(len(prompts)) if i != index), key=lambda i: -alike[i])[:10]
+        rng = random.Random(sample_key(seed, "foreign", prompt.id))
+        others = [prompts[rng.choice(near)].text for _ in range(foreign)]
+        found.append([prompt.text] * (siblings - foreign) + others)
+    return found
 
 
 def columns(prompt: PromptRow) -> dict[str, str]:
