@@ -49,7 +49,7 @@ def test_a_generator_is_published_with_its_recipe_and_quality(published):
     assert image.shape == (32, 32, 3)
     quality = json.loads((folder / "quality.json").read_text())
     assert 0 <= quality["gold"] <= 1
-    assert yaml.safe_load((folder / "pretrain.yaml").read_text())["job"]["clean_steps"] == 1
+    assert yaml.safe_load((folder / "pretrain.yaml").read_text())["clean_steps"] == 1
 
 
 def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(published):

@@ -120,7 +120,7 @@ def pretrain(config: PretrainConfig) -> None:
     fresh = folder / "checkpoint"
     quality = build(job, config.seed, folder, fresh, progress)
     atomic_write_text(fresh / "quality.json", json.dumps(quality, indent=2) + "\n")
-    atomic_write_text(fresh / "pretrain.yaml", dump(config))
+    atomic_write_text(fresh / "pretrain.yaml", f"seed: {config.seed}\n{dump(config.job)}")
     shutil.copytree(fresh, config.publish, dirs_exist_ok=True)
     progress.say(f"{config.publish}: {json.dumps(quality)}")
 
