@@ -89,7 +89,7 @@ def scene_of(prompt: Prompt, rng: random.Random, lattice: bool = False) -> Scene
     """A scene that follows `prompt`, with what the prompt leaves open drawn at random.
 
     On the `lattice` centres keep to a grid of 4 pixels and objects to two sizes, which a small generator learns
-    several times faster than objects anywhere.
+    more easily than objects anywhere.
     """
     things = [Thing(t.shape, t.colour or rng.choice(COLOURS)) for t in prompt.objects]
     least, most = (4.8, 7.2) if len(things) <= 2 else (4.0, 5.2)
