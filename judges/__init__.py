@@ -1,26 +1,15 @@
-"""Who looks: judges that score pictures against their prompts."""
+"""Who looks: judges that score pictures against their prompts.
 
-import json
-from pathlib import Path
+Names are imported when they are first used: settings and finished runs do not wait for torch and transformers.
+"""
 
-from judges.base import Answer, Judge, Verdict
-from judges.blip2 import Blip2Judge
-from judges.shapes import questions as shapes
+import lazy_loader as lazy
 
-__all__ = ["Answer", "Blip2Judge", "Judge", "Verdict", "load_judge"]
-
-_QUESTIONS = {
-    "shapes": {"whole": shapes.whole, "decompose": shapes.decompose},
-    "whole": {"whole": 'Does this figure show "{}"?'.format},
-}
-
-
-def load_judge(folder: str | Path, device: str = "cpu") -> Judge:
-    """A BLIP-2 judge from a local folder or a hub id.
-
-    `judge.json` in the folder may name the `questions` to ask: `shapes`, the embedded world's decomposition, or
-    `whole`, the default, the whole prompt in one question (VQAScore, 2404.01291, section 3).
-    """
-    settings = Path(folder) / "judge.json"
-    asked = json.loads(settings.read_text())["questions"] if settings.is_file() else "whole"
-    return Blip2Judge.from_pretrained(folder, device, **_QUESTIONS[asked])
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "base": ["Answer", "Judge", "Verdict"],
+        "blip2": ["Blip2Judge"],
+        "loading": ["load_judge"],
+    },
+)

@@ -1,5 +1,15 @@
-"""What paints: generators, their samplers and adapters."""
+"""What paints: generators, their samplers and adapters.
 
-from models.generator import Conditioning, Generator, NativeGenerator, load_generator, sample, sample_key
+Names are imported when they are first used: settings and finished runs do not wait for torch and transformers.
+"""
 
-__all__ = ["Conditioning", "Generator", "NativeGenerator", "load_generator", "sample", "sample_key"]
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=["lora"],
+    submod_attrs={
+        "generator": ["Conditioning", "Generator", "NativeGenerator", "load_generator", "sample"],
+        "keys": ["sample_key"],
+    },
+)

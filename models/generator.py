@@ -4,7 +4,6 @@ A generator encodes prompts, predicts the velocity of latents, and decodes laten
 and codec stay frozen; algorithms touch `transformer` alone.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -124,12 +123,6 @@ def load_generator(folder: str | Path, lora: str | Path | None = None, device: s
         generator.transformer.fuse_lora()
         generator.transformer.unload_lora()
     return generator
-
-
-def sample_key(*parts: str | int) -> int:
-    """The 63-bit key of a sample's noise, from whatever names it: seed, stage, round, prompt id, sample index."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from pipeline import summary
 from pipeline.config import Config
-from pipeline.progress import quiet_libraries
 from pipeline.runner import process_state, run
 from pipeline.settings import load
 from pipeline.stages import STAGES
@@ -30,7 +29,6 @@ def run_loop(
     """
     settings = config if isinstance(config, Config) else load(Config, config, overrides)
     folder = run_dir(settings)
-    quiet_libraries()
     run(settings, STAGES, folder, only)
     if only or not process_state().is_main_process:
         return None

@@ -4,9 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-import datasets
-import diffusers
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -16,6 +13,10 @@ _QUIET_SECONDS = 20.0
 
 def quiet_libraries() -> None:
     """Switch off the progress bars and hints of the libraries; a run shows its own."""
+    import datasets
+    import diffusers
+    import transformers
+
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from judges.shapes.grammar import SKILLS, sample_prompt
-from models.generator import sample_key
+from models.keys import sample_key
 from pipeline.settings import Section, UserError
 
 

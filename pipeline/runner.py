@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.progress import Progress, duration
+from pipeline.progress import Progress, duration, quiet_libraries
 from pipeline.settings import Section, UserError, dump, suggest
 from pipeline.store import Artifact, RunLock, atomic_write_text, fingerprint, lock_holder
 
@@ -180,6 +180,8 @@ def run(config: Section, stages: Sequence[Stage], run_dir: str | Path, only: Seq
     stop = StopFlag()
     with stop.listening(), _locked(process, run_dir):
         todo = _on_main(process, lambda: _prepare(config, stages, run_dir, only, progress))
+        if todo:
+            quiet_libraries()
         for stage in stages:
             if stage.name in todo:
                 inputs = {name: Artifact(run_dir / name) for name in stage.needs}

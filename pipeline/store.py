@@ -37,6 +37,7 @@ from pydantic import ValidationError
 from pipeline.settings import Section, UserError
 
 _MANIFEST = "manifest.json"
+_NOTES = ("README.md", "quality.json", "pretrain.yaml")
 _PARTIAL = "partial.json"
 _PARTS = ".parts"
 _RESUME = "resume"
@@ -268,14 +269,14 @@ def fingerprint(payload: Mapping[str, Any]) -> str:
 
 
 def hash_path(path: str | Path) -> str:
-    """sha256 of a file, or of a folder's relative file names and their contents.
+    """sha256 of a file, or of a folder's relative file names and their contents, except notes that nothing loads.
 
     Raises:
         UserError: nothing stands at `path`.
     """
     path = Path(path)
     if path.is_dir():
-        return fingerprint({name: hash_path(path / name) for name in _files(path)})
+        return fingerprint({name: hash_path(path / name) for name in _files(path) if Path(name).name not in _NOTES})
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,15 @@
-"""What is learned: preferences, reward models, and how far to believe them."""
+"""What is learned: preferences, reward models, and how far to believe them.
 
-from rewards.reward import JudgeReward, ModelReward, Reward, Rewards, load_reward
+Names are imported when they are first used: settings and finished runs do not wait for torch and transformers.
+"""
 
-__all__ = ["JudgeReward", "ModelReward", "Reward", "Rewards", "load_reward"]
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=["metrics"],
+    submod_attrs={
+        "backbones": ["QFormerReward", "RewardProcessor"],
+        "reward": ["GoldReward", "JudgeReward", "ModelReward", "Reward", "Rewards", "load_reward"],
+    },
+)

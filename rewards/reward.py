@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from judges.base import Judge
+from judges.shapes.oracle import gold
 from rewards.backbones import QFormerReward, RewardProcessor, filled
 
 
@@ -81,6 +82,13 @@ class JudgeReward:
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards:
         verdicts = self.judge.score(images, prompts)
         return Rewards.of([verdict.margin if verdict.valid else np.nan for verdict in verdicts])
+
+
+class GoldReward:
+    """1 where the oracle of the embedded world accepts, otherwise 0: what the best of judges would say."""
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards:
+        return Rewards.of([float(right) for right in gold(images, prompts)])
 
 
 def load_reward(folder: str | Path, device: str | torch.device = "cpu") -> ModelReward:

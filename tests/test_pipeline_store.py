@@ -205,6 +205,7 @@ def test_fingerprint_ignores_the_order_of_keys_and_nothing_else():
 def test_hash_path_covers_names_and_contents(tmp_path):
     for name in ("a", "b", "c"):
         atomic_write_text(tmp_path / name / "sub" / "x", "1")
+    atomic_write_text(tmp_path / "b" / "quality.json", "a note beside the weights")
     assert hash_path(tmp_path / "a") == hash_path(tmp_path / "b")
     atomic_write_text(tmp_path / "b" / "sub" / "x", "2")
     (tmp_path / "c" / "sub" / "x").rename(tmp_path / "c" / "sub" / "y")

@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from judges import load_judge
+import judges
+import models
+import rewards
 from judges.shapes.oracle import gold
-from models.generator import load_generator, sample, sample_key
+from models.keys import sample_key
 from pipeline.prompts import draw_key
 from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
@@ -25,9 +27,6 @@ from pipeline.stages.finetune import ADAPTER
 from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.sample import CALL_SECONDS, columns, shards
 from pipeline.store import read_rows, write_rows
-from rewards import metrics
-from rewards.backbones import QFormerReward, RewardProcessor
-from rewards.reward import ModelReward, load_reward
 
 MODELS = ("base", "tuned")
 
@@ -100,11 +99,13 @@ def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str]) -> 
 def _run(context: Context) -> None:
     config = context.config
     device = str(context.accelerator.device)
-    judge = load_judge(config.judge.checkpoint, device)
-    reward = load_reward(context.inputs["reward"].folder / "model", device)
+    judge = judges.load_judge(config.judge.checkpoint, device)
+    reward = rewards.load_reward(context.inputs["reward"].folder / "model", device)
     generators = {
-        "base": load_generator(config.generator.checkpoint, device=device),
-        "tuned": load_generator(config.generator.checkpoint, context.inputs["finetune"].folder / ADAPTER, device),
+        "base": models.load_generator(config.generator.checkpoint, device=device),
+        "tuned": models.load_generator(
+            config.generator.checkpoint, context.inputs["finetune"].folder / ADAPTER, device
+        ),
     }
     settings: EvaluateConfig = config.evaluate
     prompts = config.prompts.held_out(draw_key(config.seed, "evaluate"), settings.images)
@@ -116,9 +117,11 @@ def _run(context: Context) -> None:
                 numbers = [k for m, k in part if m == model]
                 texts = [prompts[k].text for k in numbers]
                 keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in numbers]
-                images = list(sample(generators[model], texts, keys, settings.steps, settings.shift, settings.batch))
-                verdicts, rewards = judge.score(images, texts), reward(images, texts)
-                found = zip(numbers, images, verdicts, rewards.values, _gold(config, images, texts), strict=True)
+                images = list(
+                    models.sample(generators[model], texts, keys, settings.steps, settings.shift, settings.batch)
+                )
+                verdicts, rated = judge.score(images, texts), reward(images, texts)
+                found = zip(numbers, images, verdicts, rated.values, _gold(config, images, texts), strict=True)
                 for k, image, verdict, value, right in found:
                     seen = {
                         "judge": verdict.margin,
@@ -136,13 +139,13 @@ def _run(context: Context) -> None:
         _measure(context, reward)
 
 
-def _measure(context: Context, reward: ModelReward) -> None:
+def _measure(context: Context, reward: "rewards.ModelReward") -> None:
     """Everything that is computed from all pictures at once."""
     artifact = context.artifact
     _measure_rollouts(context)
-    initial = ModelReward(
-        QFormerReward.from_itm(context.config.reward.backbone),
-        RewardProcessor.from_pretrained(context.config.reward.backbone),
+    initial = rewards.ModelReward(
+        rewards.QFormerReward.from_itm(context.config.reward.backbone),
+        rewards.RewardProcessor.from_pretrained(context.config.reward.backbone),
     )
     pairs, before = _scored_pairs(context, reward, initial)
     write_rows(artifact, "pairs.parquet", pairs, PAIRS)
@@ -176,7 +179,7 @@ def _measure_rollouts(context: Context) -> None:
 
 
 def _scored_pairs(
-    context: Context, reward: ModelReward, initial: ModelReward
+    context: Context, reward: "rewards.ModelReward", initial: "rewards.ModelReward"
 ) -> tuple[list[dict[str, Any]], list[tuple[float, float]]]:
     """The held-out pairs with their rewards, and what the reward model said of them before its training."""
     pairs = [pair for pair in read_rows(context.inputs["prefer"]) if pair["split"] == "heldout"]
@@ -209,7 +212,7 @@ def _gold_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     share = _share([row["gold"] for row in rows])
     interval = None
     if share is not None:
-        interval = list(metrics.wilson_interval(sum(row["gold"] for row in rows), len(rows)))
+        interval = list(rewards.metrics.wilson_interval(sum(row["gold"] for row in rows), len(rows)))
     return {"gold": share, "interval": interval, "images": len(rows)}
 
 
@@ -239,8 +242,8 @@ def reward_metrics(pairs: Sequence[dict[str, Any]], before: Sequence[tuple[float
     def accuracy(a: np.ndarray, b: np.ndarray, right: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
         if not rows.any():
             return None, None
-        correct = metrics.correctness(a[rows], b[rows], right[rows])
-        return float(correct.mean()), list(metrics.clustered_interval(correct, prompts[rows]))
+        correct = rewards.metrics.correctness(a[rows], b[rows], right[rows])
+        return float(correct.mean()), list(rewards.metrics.clustered_interval(correct, prompts[rows]))
 
     clear = label != 0.5
     judged, judged_interval = accuracy(first, second, label, clear)
@@ -257,10 +260,10 @@ def reward_metrics(pairs: Sequence[dict[str, Any]], before: Sequence[tuple[float
         },
         "pairs": len(pairs),
         "gold_pairs": int(told.sum()),
-        "nll": float(metrics.nll(probability, label)),
-        "brier": float(metrics.brier(probability, label)),
-        "ece": float(metrics.ece(probability, label)),
-        "reliability": [asdict(bin) for bin in metrics.reliability(probability, label)],
+        "nll": float(rewards.metrics.nll(probability, label)),
+        "brier": float(rewards.metrics.brier(probability, label)),
+        "ece": float(rewards.metrics.ece(probability, label)),
+        "reliability": [asdict(bin) for bin in rewards.metrics.reliability(probability, label)],
     }
 
 
@@ -272,7 +275,7 @@ def judge_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if known and 0 < right.sum() < len(right):
         correct = (said > 0) == right
         accuracy = float((correct[right].mean() + correct[~right].mean()) / 2)
-        ends = [metrics.wilson_interval(int(correct[side].sum()), int(side.sum())) for side in (right, ~right)]
+        ends = [rewards.metrics.wilson_interval(int(correct[side].sum()), int(side.sum())) for side in (right, ~right)]
         interval = [float(np.mean([end[i] for end in ends])) for i in (0, 1)]
     return {"accuracy": {"gold": accuracy, "interval": interval}, "images": len(known)}
 

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from pydantic import Field
 
-from judges import load_judge
+import judges
 from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
 from pipeline.stages.sample import shards
@@ -67,7 +67,7 @@ def _work(config: Any) -> Work:
 def _run(context: Context) -> None:
     config = context.config
     pictures = read_rows(context.inputs["sample"])
-    judge = load_judge(config.judge.checkpoint, str(context.accelerator.device))
+    judge = judges.load_judge(config.judge.checkpoint, str(context.accelerator.device))
     with context.progress.track(len(pictures), "images", "judge") as advance:
         for name, part in shards(context, range(len(pictures)), config.judge.shard):
             rows = pictures.select(part)

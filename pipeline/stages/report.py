@@ -4,7 +4,6 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.report.view import render, view
 from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
 
@@ -31,6 +30,9 @@ def _depends(config: Any) -> dict[str, Any]:
 
 
 def _run(context: Context) -> None:
+    # matplotlib and jinja take a second to import; settings and finished runs do not wait for them.
+    from pipeline.report.view import render, view
+
     if context.accelerator.is_main_process and not context.artifact.has("index.html"):
         config: ReportConfig = context.config.report
         shown = view(

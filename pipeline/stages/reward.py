@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+import rewards
 from pipeline.runner import Context, Interrupted, Stage, Work
 from pipeline.settings import Section
 from pipeline.store import hash_path, read_rows
-from rewards.backbones import QFormerReward, RewardProcessor
 
 STEP_SECONDS = 0.25
 """A training step on 32 pairs of the embedded world, on the reference machine."""
@@ -61,8 +61,8 @@ def _run(context: Context) -> None:
         seed=context.config.seed,
         save_steps=config.save_steps,
     )
-    model = QFormerReward.from_itm(config.backbone)
-    processor = RewardProcessor.from_pretrained(config.backbone)
+    model = rewards.QFormerReward.from_itm(config.backbone)
+    processor = rewards.RewardProcessor.from_pretrained(config.backbone)
     folder: Path = context.artifact.resume / "trainer"
     steps = step_count(sum(split == "train" for split in pairs["split"]), settings)
     with context.progress.track(steps, "steps", "reward") as advance:

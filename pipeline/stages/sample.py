@@ -8,7 +8,8 @@ import datasets
 from PIL import Image
 from pydantic import Field, model_validator
 
-from models.generator import load_generator, sample, sample_key
+import models
+from models.keys import sample_key
 from pipeline.prompts import PromptRow, draw_key
 from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
@@ -94,14 +95,14 @@ def _run(context: Context) -> None:
     prompts = config.prompts.draw(draw_key(config.seed, "sample"), settings.prompts)
     painted = paintings(prompts, settings.images_per_prompt, settings.foreign, config.seed)
     wanted = [(prompt, k, text) for prompt, texts in zip(prompts, painted, strict=True) for k, text in enumerate(texts)]
-    generator = load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
+    generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
     with context.progress.track(
         len(wanted), "images", "sample", _done(context, len(wanted), settings.shard)
     ) as advance:
         for name, part in shards(context, wanted, settings.shard):
             keys = [sample_key(config.seed, "sample", prompt.id, k) for prompt, k, _ in part]
             texts = [text for _, _, text in part]
-            images = sample(generator, texts, keys, settings.steps, settings.shift, settings.batch)
+            images = models.sample(generator, texts, keys, settings.steps, settings.shift, settings.batch)
             rows = []
             for (prompt, k, text), image in zip(part, images, strict=True):
                 rows.append({**columns(prompt), "sample": k, "painted": text, "image": Image.fromarray(image)})
