@@ -8,13 +8,17 @@ import torch
 from accelerate import Accelerator
 
 from models import lora
-from models.generator import load_generator, sample, sample_key
+from models.generator import load_generator, sample
+from models.keys import sample_key
 from models.samplers import cps, log_prob
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
 from pipeline.rl.advantage import group_advantages
-from pipeline.rl.grpo import GRPO, GRPOConfig
+from pipeline.rl.algorithm import Velocities
+from pipeline.rl.grpo import GRPO, GRPOConfig, Steps
+from pipeline.rl.nft import NFT, NFTConfig
 from pipeline.rl.rollout import Plan, rollout
-from pipeline.rl.trainer import Trainer, TrainerSettings
+from pipeline.rl.settings import TrainerSettings
+from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
 from pipeline.settings import UserError
 from rewards.reward import Rewards
@@ -41,10 +45,11 @@ class Silent:
         return Rewards.of([float("nan")] * len(images))
 
 
-def trainer_of(generator, reward=None, **settings):
+def trainer_of(generator, reward=None, algorithm=None, **settings):
     process_state()
     settings = TrainerSettings(**{"groups": 4, "group_size": 6, "steps": 4, **settings})
-    return Trainer(generator, reward or Brightness(), GRPO(GRPOConfig(last_start=2)), settings, 0, Accelerator())
+    algorithm = algorithm or GRPO(GRPOConfig(last_start=2))
+    return Trainer(generator, reward or Brightness(), algorithm, settings, 0, Accelerator())
 
 
 def prompts_at(iteration, count=4):
@@ -112,12 +117,16 @@ def transition_of(generator):
     return cond, rollout(generator, predict(generator), cond, ["p"], (0,), PLAN, 64).transitions[0]
 
 
+def with_gains(t, gains):
+    return Steps(t.x_t, t.t, t.prompt, t.s, t.x_s, t.old, gains)
+
+
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_the_log_probability(generator):
     cond, transition = transition_of(generator)
     algorithm = GRPO(GRPOConfig(kl=0.0))
     gains = torch.tensor([[1.0, -2.0, 0.5]])
     v = generator.predict(transition.x_t, transition.t, cond).detach().requires_grad_()
-    loss = algorithm.loss(transition, v, None, gains)
+    loss = algorithm.loss(with_gains(transition, gains), Velocities(v))
     assert loss.total.item() == pytest.approx(-gains.mean().item(), abs=1e-5)
     assert loss.clipped.item() == 0
     (found,) = torch.autograd.grad(loss.total.sum(), v)
@@ -139,19 +148,68 @@ def test_beyond_the_clip_there_is_no_gradient_and_kl_has_one(generator):
     drawn = step_of(transition, moved)
     better = log_prob(transition.x_s[0], drawn.mean.expand(3, -1, -1, -1), drawn.std) > transition.old[0]
     gains = torch.where(better, 1.0, -1.0)[None]
-    loss = GRPO(GRPOConfig(kl=0.0, clip=1e-9)).loss(transition, moved, None, gains)
+    loss = GRPO(GRPOConfig(kl=0.0, clip=1e-9)).loss(with_gains(transition, gains), Velocities(moved))
     assert loss.clipped.item() == 1
     (gradient,) = torch.autograd.grad(loss.total.sum(), moved)
     assert gradient.abs().max() == 0
-    loss = GRPO(GRPOConfig(kl=1.0, clip=1e-9)).loss(transition, moved, v, gains)
+    loss = GRPO(GRPOConfig(kl=1.0, clip=1e-9)).loss(with_gains(transition, gains), Velocities(moved, v))
     assert loss.kl.item() > 0
     (gradient,) = torch.autograd.grad(loss.total.sum(), moved)
     assert gradient.abs().max() > 0
 
 
-def test_the_trainer_raises_a_reward_and_leaves_the_base_alone(generator):
+def forward_of(generator, draws=2):
+    """A group of three pictures noised `draws` times, the first rated best and the last worst."""
+    algorithm = NFT(NFTConfig(draws=draws, kl=0.0))
+    cond = generator.encode(["a red ring"])
+    plan = algorithm.rollout_plan(0, 0, 4, 1.0, 3)
+    rolled = rollout(generator, predict(generator), cond, ["p"], (0,), plan, 64)
+    sets = algorithm.examples(rolled, torch.tensor([[5.0, 0.0, -5.0]]), ["p"], (0,))
+    return algorithm, cond, rolled, sets
+
+
+def test_siblings_without_a_window_start_apart_and_follow_the_ode(generator):
+    _, _, rolled, _ = forward_of(generator)
+    straight = list(sample(generator, ["a red ring"] * 3, [sample_key(0, "p", k, "start") for k in range(3)], steps=4))
+    for image, other in zip(rolled.images, straight, strict=True):
+        assert np.abs(image.astype(int) - other).max() <= 1
+    assert rolled.transitions == ()
+
+
+def test_nft_noises_each_picture_at_times_spread_evenly(generator):
+    _, _, rolled, sets = forward_of(generator)
+    for draw, examples in enumerate(sets):
+        assert ((examples.t >= draw / 2) & (examples.t <= (draw + 1) / 2)).all()
+        assert examples.r.tolist() == [1.0, 0.5, 0.0]
+        noise = (examples.x_t - (1 - examples.t.view(-1, 1, 1, 1)) * rolled.latents) / examples.t.view(-1, 1, 1, 1)
+        assert noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_nft_loss_against_its_formula_and_on_policy_its_gradient_is_the_advantage_weighted_regression(generator):
+    algorithm, cond, rolled, (examples, _) = forward_of(generator)
+    old = generator.predict(examples.x_t, examples.t, cond.repeated(3)).detach()
+    v = (old + 0.1 * torch.randn_like(old)).requires_grad_()
+    beta, t = algorithm.config.beta, examples.t.view(-1, 1, 1, 1)
+
+    def error(velocity):
+        away = examples.x_t - t * velocity - rolled.latents
+        return away.square().mean((1, 2, 3)) / away.detach().abs().mean((1, 2, 3))
+
+    good, bad = error((1 - beta) * old + beta * v), error((1 + beta) * old - beta * v)
+    expected = (examples.r * good + (1 - examples.r) * bad) / beta
+    assert torch.allclose(algorithm.loss(examples, Velocities(v, old=old)).total, expected, atol=1e-6)
+
+    on_policy = old.clone().requires_grad_()
+    (found,) = torch.autograd.grad(algorithm.loss(examples, Velocities(on_policy, old=old)).total.sum(), on_policy)
+    again = old.clone().requires_grad_()
+    (pull,) = torch.autograd.grad(((2 * examples.r - 1) * error(again)).sum(), again)
+    assert torch.allclose(found, pull, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(GRPOConfig(last_start=2)), NFT(NFTConfig())], ids=["grpo", "nft"])
+def test_the_trainer_raises_a_reward_and_leaves_the_base_alone(generator, algorithm):
     base = copy.deepcopy(generator.transformer.state_dict())
-    trainer = trainer_of(generator, learning_rate=5e-3)
+    trainer = trainer_of(generator, algorithm=algorithm, learning_rate=5e-3)
     found = [trainer.iterate(prompts_at(i)) for i in range(12)]
     assert found[-1].reward_mean > found[0].reward_mean + 2 * found[0].reward_std
     assert found[0].clip_fraction == 0
@@ -163,6 +221,15 @@ def test_the_trainer_raises_a_reward_and_leaves_the_base_alone(generator):
     for name, value in after.items():
         if name in base or name in names:
             assert torch.equal(value, base[names.get(name, name)])
+
+
+def test_the_learning_rate_falls_to_zero_over_the_last_share_of_the_iterations(generator):
+    trainer = trainer_of(generator, iterations=4, decay=0.5, learning_rate=1e-3)
+    rates = []
+    for i in range(4):
+        trainer.iterate(prompts_at(i))
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
 
 
 def test_a_resumed_trainer_goes_on_to_the_bit(generator, generator_folder, tmp_path):
@@ -182,11 +249,12 @@ def test_a_resumed_trainer_goes_on_to_the_bit(generator, generator_folder, tmp_p
         assert torch.equal(a, b)
 
 
-def test_without_any_reward_nothing_moves(generator):
+def test_without_any_reward_it_stops_and_nothing_has_moved(generator):
     trainer = trainer_of(generator, Silent())
     before = [p.clone() for p in trainer.trained]
-    done = trainer.iterate(prompts_at(0))
-    assert done.groups_dropped == 4
+    with pytest.raises(UserError, match="no picture of iteration 0 got a reward"):
+        trainer.iterate(prompts_at(0))
+    assert trainer.done == 0
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.trained, strict=True))
 
 

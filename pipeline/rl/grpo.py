@@ -11,6 +11,7 @@ a whole group, and its noise alone tells siblings apart. What we leave out: clas
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from models.generator import sample_key
+from models.keys import sample_key
 from models.samplers import SAMPLERS, gaussian_kl, log_prob
 from pipeline.rl.advantage import Advantages, group_advantages
-from pipeline.rl.rollout import Plan, Transition
+from pipeline.rl.algorithm import Examples, Loss, Velocities
+from pipeline.rl.rollout import Plan, Rollout
 from pipeline.settings import Section
 
 
@@ -40,24 +42,24 @@ class GRPOConfig(Section):
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Of each input, (M,): `total` to minimise, and what is worth watching of it."""
+class Steps(Examples):
+    """Stochastic steps from `t` to `s`: `x_t` (M, ...) to its F successors `x_s` (M, F, ...), their log-probabilities
+    `old` (M, F) under the policy that drew them, and the `advantages` (M, F) of the pictures they led to."""
 
-    total: Tensor
-    kl: Tensor
-    clipped: Tensor
+    s: float
+    x_s: Tensor
+    old: Tensor
+    advantages: Tensor
 
 
 class GRPO:
     """The algorithm as the trainer sees it."""
 
-    needs_critic = False
-    needs_reference = True
-    needs_trajectory = True
-    offline = False
+    needs_old = False
 
     def __init__(self, config: GRPOConfig):
         self.config = config
+        self.needs_reference = config.kl > 0
 
     def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
         start = random.Random(sample_key(seed, "window", iteration)).randint(0, self.config.last_start)
@@ -66,18 +68,25 @@ class GRPO:
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         return group_advantages(rewards_PK, valid_PK, self.config.advantage_scale, self.config.advantage_limit)
 
-    def loss(self, transition: Transition, v: Tensor, v_ref: Tensor | None, advantages: Tensor) -> Loss:
-        """`v` and `v_ref` (M, ...) are the policy's and the reference's velocities, `advantages` is (M, F)."""
+    def examples(
+        self, rollout: Rollout, advantages_PK: Tensor, ids: Sequence[str], seed: Sequence[str | int]
+    ) -> Sequence[Steps]:
+        return [
+            Steps(t.x_t, t.t, t.prompt, t.s, t.x_s, t.old, advantages_PK.reshape(t.old.shape))
+            for t in rollout.transitions
+        ]
+
+    def loss(self, examples: Steps, v: Velocities) -> Loss:
         step = SAMPLERS[self.config.sampler]
-        t, s, eta = transition.t, transition.s, self.config.eta
-        drawn = step(transition.x_t, v, t, s, eta, None)
-        fan = transition.x_s.shape[1]
-        new = log_prob(transition.x_s.flatten(0, 1), drawn.mean.repeat_interleave(fan, 0), drawn.std)
-        ratio = (new.view_as(transition.old) - transition.old).exp()
+        t, s, eta = examples.t, examples.s, self.config.eta
+        drawn = step(examples.x_t, v.policy, t, s, eta, None)
+        fan = examples.x_s.shape[1]
+        new = log_prob(examples.x_s.flatten(0, 1), drawn.mean.repeat_interleave(fan, 0), drawn.std)
+        ratio = (new.view_as(examples.old) - examples.old).exp()
         clipped = ratio.clamp(1 - self.config.clip, 1 + self.config.clip)
-        gain = torch.minimum(ratio * advantages, clipped * advantages).mean(1)
-        kl = torch.zeros(len(v), device=v.device)
-        if v_ref is not None:
-            kl = gaussian_kl(drawn.mean, step(transition.x_t, v_ref, t, s, eta, None).mean, drawn.std)
+        gain = torch.minimum(ratio * examples.advantages, clipped * examples.advantages).mean(1)
+        kl = torch.zeros_like(gain)
+        if v.reference is not None:
+            kl = gaussian_kl(drawn.mean, step(examples.x_t, v.reference, t, s, eta, None).mean, drawn.std)
         outside = ((ratio - 1).abs() > self.config.clip).float().mean(1)
         return Loss(self.config.kl * kl - gain, kl.detach(), outside.detach())

@@ -1,8 +1,8 @@
-"""Rolling out groups of sibling pictures whose paths part inside a short stochastic window.
+"""Rolling out groups of sibling pictures, whose paths part at the start or inside a short stochastic window.
 
-The K siblings of a prompt share their first noise and the deterministic steps before the window, so a group
-costs w + K (T - w) network calls for a window that starts at step w of T, and within a group rewards differ
-by the window's noise alone (MixGRPO, 2507.21802; BranchGRPO, 2509.06040).
+In the second case the K siblings of a prompt share their first noise and the deterministic steps before the
+window, so a group costs w + K (T - w) network calls for a window that starts at step w of T, and within a group
+rewards differ by the window's noise alone (MixGRPO, 2507.21802; BranchGRPO, 2509.06040).
 
 Shapes: P prompts, K siblings, M = P inputs at the first step of the window and P K at the others.
 """
@@ -10,21 +10,28 @@ Shapes: P prompts, K siblings, M = P inputs at the first step of the window and 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.generator import Conditioning, Generator, sample_key
+from models.keys import sample_key
 from models.paths import schedule
 from models.samplers import SAMPLERS, keyed_noise, log_prob, ode
 
-Predict = Callable[[Tensor, float, Conditioning], Tensor]
+if TYPE_CHECKING:
+    from models.generator import Conditioning, Generator
+
+Predict = Callable[[Tensor, float, "Conditioning"], Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to roll out: `steps` in all, of which `window` from step `start` are drawn by `sampler` with `eta`."""
+    """How to roll out: `steps` in all, of which `window` from step `start` are drawn by `sampler` with `eta`.
+
+    With no `window` all steps are the ODE's, and each sibling starts from noise of its own.
+    """
 
     steps: int
     shift: float
@@ -52,9 +59,10 @@ class Transition:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Pictures uint8 (P K, H, W, 3), siblings side by side, and the stochastic steps that led to them."""
+    """Pictures uint8 (P K, H, W, 3), siblings side by side, their latents, and the stochastic steps to them."""
 
     images: np.ndarray
+    latents: Tensor
     transitions: tuple[Transition, ...]
 
 
@@ -64,9 +72,9 @@ def _expanded(x: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def rollout(
-    generator: Generator,
+    generator: "Generator",
     predict: Predict,
-    cond: Conditioning,
+    cond: "Conditioning",
     ids: Sequence[str],
     seed: Sequence[str | int],
     plan: Plan,
@@ -77,7 +85,11 @@ def rollout(
     device = cond.tokens.device
     shape = generator.latent_shape
     prompts = torch.arange(len(ids), device=device)
-    x, owner = keyed_noise([sample_key(*seed, i, "start") for i in ids], shape, device), prompts
+    if plan.window:
+        x, owner = keyed_noise([sample_key(*seed, i, "start") for i in ids], shape, device), prompts
+    else:
+        keys = [sample_key(*seed, i, k, "start") for i in ids for k in range(plan.siblings)]
+        x, owner = keyed_noise(keys, shape, device), _expanded(prompts, plan.siblings)
     transitions = []
     for step, (t, s) in enumerate(pairwise(times)):
         v = torch.cat([predict(x[i : i + batch], t, cond[owner[i : i + batch]]) for i in range(0, len(x), batch)])
@@ -91,4 +103,4 @@ def rollout(
         old = log_prob(drawn.x, drawn.mean, drawn.std).unflatten(0, (len(x), fan))
         transitions.append(Transition(t, s, x, drawn.x.unflatten(0, (len(x), fan)), owner, old))
         x, owner = drawn.x, _expanded(owner, fan)
-    return Rollout(generator.decode(x), tuple(transitions))
+    return Rollout(generator.decode(x), x, tuple(transitions))

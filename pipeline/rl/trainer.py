@@ -7,57 +7,24 @@ function of its number and of that state, because all noise is keyed by (seed, i
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
 from models import lora
 from models.generator import Conditioning, NativeGenerator
+from pipeline.compiling import compile_module
 from pipeline.prompts import PromptRow
-from pipeline.rl.advantage import Advantages
-from pipeline.rl.grpo import GRPO
-from pipeline.rl.rollout import Rollout, Transition, rollout
-from pipeline.settings import Section, UserError
-from pipeline.training import Average, load_state, save_state
+from pipeline.rl.algorithm import Algorithm, Examples, Velocities
+from pipeline.rl.rollout import Rollout, rollout
+from pipeline.rl.settings import TrainerSettings
+from pipeline.settings import UserError
+from pipeline.training import Average, load_state, save_state, trapezoid
 from rewards.reward import Reward
-
-
-class LoraSettings(Section):
-    """The adapter (2106.09685): B A is scaled by `alpha` / `rank`."""
-
-    rank: int = Field(32, ge=1)
-    alpha: float = Field(64.0, gt=0)
-
-
-class TrainerSettings(Section):
-    """What every algorithm is trained with.
-
-    Attributes:
-        groups: prompts an iteration, over all processes.
-        group_size: pictures of each.
-        updates: optimiser steps an iteration, each on an equal share of the groups.
-        steps: network calls a picture; `shift` spends more of them near the noise.
-        average: decay of the moving average of the adapter, which is what is kept in the end.
-        batch: pictures a network call.
-    """
-
-    iterations: int = Field(100, ge=1)
-    groups: int = Field(32, ge=1)
-    group_size: int = Field(16, ge=2)
-    updates: int = Field(1, ge=1)
-    steps: int = Field(8, ge=1)
-    shift: float = Field(1.0, gt=0)
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    average: float = Field(0.9, ge=0, lt=1)
-    lora: LoraSettings = LoraSettings()
-    batch: int = Field(256, ge=1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +55,7 @@ class Trainer:
         self,
         generator: NativeGenerator,
         reward: Reward,
-        algorithm: GRPO,
+        algorithm: Algorithm,
         settings: TrainerSettings,
         seed: int,
         accelerator: Accelerator,
@@ -101,6 +68,8 @@ class Trainer:
         self.generator, self.reward, self.algorithm = generator, reward, algorithm
         self.settings, self.seed, self.accelerator = settings, seed, accelerator
         self.plain = copy.deepcopy(generator.transformer)
+        if settings.compile:
+            compile_module(self.plain, accelerator.device)
         lora.attach(generator.transformer, generator.lora_targets, settings.lora.rank, settings.lora.alpha, seed)
         self.tuned: nn.Module = generator.transformer
         self.trained = [p for p in self.tuned.parameters() if p.requires_grad]
@@ -125,11 +94,14 @@ class Trainer:
             torch.from_numpy(a).to(self.accelerator.device).view(shape) for a in (rewards.values, rewards.valid)
         )
         every, every_valid = self.accelerator.gather(values), self.accelerator.gather(valid)
+        if not every_valid.any():
+            raise UserError(f"finetune: no picture of iteration {self.done} got a reward; the same command goes on")
         found = self.algorithm.advantages(every, every_valid)
         own = slice(rank * len(mine), (rank + 1) * len(mine))
-        learned = self._learn(
-            rolled.transitions, cond, Advantages(found.values[own], found.kept[own]), int(found.kept.sum())
-        )
+        factor = trapezoid(self.done, settings.iterations, 0, round(settings.decay * settings.iterations))
+        self.optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
+        examples = self.algorithm.examples(rolled, found.values[own], [p.id for p in mine], self._seed)
+        learned = self._learn(examples, cond, found.kept[own], int(found.kept.sum()))
         self.average.update(self.done)
         self.done += 1
         seen = every[every_valid]
@@ -149,36 +121,39 @@ class Trainer:
         lora.merge_into(self.plain, self.tuned)
         plan = self.algorithm.rollout_plan(self.seed, self.done, settings.steps, settings.shift, settings.group_size)
         ids = [prompt.id for prompt in prompts]
-        seed = (self.seed, "finetune", self.done)
-        return rollout(self.generator, self._predict(self.plain), cond, ids, seed, plan, settings.batch)
+        return rollout(self.generator, self._predict(self.plain), cond, ids, self._seed, plan, settings.batch)
+
+    @property
+    def _seed(self) -> tuple[str | int, ...]:
+        """What keys the noise of this iteration, with prompt and sibling."""
+        return self.seed, "finetune", self.done
 
     @staticmethod
-    def _predict(network: nn.Module) -> Callable[[Tensor, float, Conditioning], Tensor]:
-        def predict(x: Tensor, t: float, cond: Conditioning) -> Tensor:
-            return network(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), cond.tokens)
+    def _predict(network: nn.Module) -> Callable[[Tensor, float | Tensor, Conditioning], Tensor]:
+        def predict(x: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+            times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
+            return network(x, times, cond.tokens)
 
         return predict
 
-    def _learn(
-        self, transitions: Sequence[Transition], cond: Conditioning, advantages: Advantages, kept: int
-    ) -> dict[str, float]:
+    def _learn(self, examples: Sequence[Examples], cond: Conditioning, kept_P: Tensor, kept: int) -> dict[str, float]:
         """Optimiser steps on the groups that have a signal, `kept` over all processes; means of what was watched."""
-        settings, predict = self.settings, self._predict(self.wrapped)
+        settings = self.settings
         watched = torch.zeros(3, device=self.accelerator.device)
         norms = 0.0
         for update in range(settings.updates):
-            groups = advantages.kept.nonzero()[:, 0]
+            groups = kept_P.nonzero()[:, 0]
             groups = groups[groups % settings.updates == update]
             share = max(1, kept) / settings.updates / self.accelerator.num_processes
-            weight = float(len(groups) > 0) / share / len(transitions)
+            weight = float(len(groups) > 0) * len(kept_P) / share / sum(map(len, examples))
             if not len(groups):
                 # Every process must take part in the exchange of gradients.
                 groups = groups.new_zeros(1)
-            pieces = [piece for t in transitions for piece in _pieces(t, advantages.values, groups, settings.batch)]
-            for index, (piece, gains, per_group) in enumerate(pieces):
+            pieces = [piece for each in examples for piece in _pieces(each, groups, settings.batch)]
+            for index, piece in enumerate(pieces):
                 waits = index + 1 < len(pieces)
                 with self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
-                    watched += self._backward(predict, piece, gains, cond, weight / per_group)
+                    watched += self._backward(piece, cond, weight)
             norms += float(nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm))
             if kept:
                 self.optimizer.step()
@@ -192,21 +167,17 @@ class Trainer:
             "grad_norm": norms / settings.updates,
         }
 
-    def _backward(
-        self,
-        predict: Callable[[Tensor, float, Conditioning], Tensor],
-        piece: Transition,
-        gains: Tensor,
-        cond: Conditioning,
-        weight: float,
-    ) -> Tensor:
+    def _backward(self, piece: Examples, cond: Conditioning, weight: float) -> Tensor:
         """Add the gradient of one piece, each of its inputs weighing `weight`; loss, KL and clip fraction (3,)."""
         asked = (piece.x_t, piece.t, cond[piece.prompt])
-        v_ref = None
-        if self.algorithm.needs_reference:
-            with torch.no_grad(), lora.reference(self.tuned):
-                v_ref = self._predict(self.tuned)(*asked)
-        loss = self.algorithm.loss(piece, predict(*asked), v_ref, gains)
+        reference = old = None
+        with torch.no_grad():
+            if self.algorithm.needs_reference:
+                with lora.reference(self.tuned):
+                    reference = self._predict(self.tuned)(*asked)
+            if self.algorithm.needs_old:
+                old = self._predict(self.plain)(*asked)
+        loss = self.algorithm.loss(piece, Velocities(self._predict(self.wrapped)(*asked), reference, old))
         total = weight * loss.total.sum()
         self.accelerator.backward(total)
         return torch.stack([total.detach(), weight * loss.kl.sum(), weight * loss.clipped.sum()])
@@ -223,12 +194,7 @@ class Trainer:
         return {"lora": self.tuned, "average": self.average}
 
 
-def _pieces(
-    transition: Transition, values_PK: Tensor, groups: Tensor, size: int
-) -> Iterator[tuple[Transition, Tensor, int]]:
-    """The inputs of `groups` in batches of at most `size`, their advantages (M, F), and how many a group has."""
-    gains = values_PK.reshape(transition.x_s.shape[:2])
-    chosen = torch.isin(transition.prompt, groups).nonzero()[:, 0]
-    for rows in chosen.split(size):
-        fields = {name: getattr(transition, name)[rows] for name in ("x_t", "x_s", "prompt", "old")}
-        yield replace(transition, **fields), gains[rows], len(transition.x_t) // len(values_PK)
+def _pieces(examples: Examples, groups: Tensor, size: int) -> Iterator[Examples]:
+    """The examples of `groups` in batches of at most `size`."""
+    for rows in torch.isin(examples.prompt, groups).nonzero()[:, 0].split(size):
+        yield examples[rows]

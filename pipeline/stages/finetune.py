@@ -5,27 +5,29 @@ measures what the reward does not see.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import datasets
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 from pydantic import Field, model_validator
 
-from judges import load_judge
-from judges.shapes.oracle import gold
-from models import lora
-from models.generator import load_generator
+import judges
+import models
+import rewards
+from pipeline.compiling import compile_module
 from pipeline.prompts import draw_key
-from pipeline.rl.grpo import GRPO, GRPOConfig
-from pipeline.rl.trainer import Iteration, Trainer, TrainerSettings
+from pipeline.rl import AlgorithmConfig, algorithm_of
+from pipeline.rl.grpo import GRPOConfig
+from pipeline.rl.settings import TrainerSettings
 from pipeline.runner import Context, Interrupted, Stage, Work
 from pipeline.settings import UserError
 from pipeline.stages.sample import CALL_SECONDS, columns
 from pipeline.store import write_rows
-from rewards.reward import JudgeReward, Reward, Rewards, load_reward
+
+if TYPE_CHECKING:
+    from pipeline.rl.trainer import Iteration
 
 ADAPTER = "lora"
 
@@ -63,7 +65,7 @@ class FinetuneConfig(TrainerSettings):
         save_every: iterations between two checkpoints.
     """
 
-    algorithm: GRPOConfig = GRPOConfig()
+    algorithm: Annotated[AlgorithmConfig, Field(discriminator="type")] = GRPOConfig()
     reward: Literal["model", "judge", "gold"] = "model"
     allow_gold: bool = False
     kept_images: int = Field(48, ge=0)
@@ -77,20 +79,14 @@ class FinetuneConfig(TrainerSettings):
 
     @model_validator(mode="after")
     def _window_ends_before_the_last_step(self) -> Self:
-        most = self.steps - 1 - self.algorithm.window
-        if self.algorithm.last_start > most:
-            raise ValueError(
-                f"algorithm.last_start: {self.algorithm.last_start} is above {most}; the last of {self.steps} steps "
-                f"has no noise, and {self.algorithm.window} stochastic ones must end before it"
-            )
+        if isinstance(self.algorithm, GRPOConfig):
+            most = self.steps - 1 - self.algorithm.window
+            if self.algorithm.last_start > most:
+                raise ValueError(
+                    f"algorithm.last_start: {self.algorithm.last_start} is above {most}; the last of {self.steps} "
+                    f"steps has no noise, and {self.algorithm.window} stochastic ones must end before it"
+                )
         return self
-
-
-class GoldReward:
-    """1 where the oracle of the embedded world accepts, otherwise 0."""
-
-    def __call__(self, images: list[np.ndarray], prompts: list[str]) -> Rewards:
-        return Rewards.of([float(right) for right in gold(images, prompts)])
 
 
 def _depends(config: Any) -> dict[str, Any]:
@@ -105,23 +101,28 @@ def _work(config: Any) -> Work:
     return Work(images, images * settings.steps * CALL_SECONDS * 0.6)
 
 
-def _reward(context: Context) -> Reward:
+def _reward(context: Context) -> "rewards.Reward":
     kind, device = context.config.finetune.reward, str(context.accelerator.device)
     if kind == "model":
-        return load_reward(context.inputs["reward"].folder / "model", device)
+        reward = rewards.load_reward(context.inputs["reward"].folder / "model", device)
+        if context.config.finetune.compile:
+            for part in (reward.model.vision_model, reward.model.qformer):
+                compile_module(part, context.accelerator.device)
+        return reward
     if kind == "judge":
-        return JudgeReward(load_judge(context.config.judge.checkpoint, device))
-    return GoldReward()
+        return rewards.JudgeReward(judges.load_judge(context.config.judge.checkpoint, device))
+    return rewards.GoldReward()
 
 
 def _run(context: Context) -> None:
+    from pipeline.rl.trainer import Iteration, Trainer
+
     config, artifact = context.config, context.artifact
     settings: FinetuneConfig = config.finetune
-    generator = load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
-    # The text stream of an MM-DiT's last block leads nowhere, so its adapters get no gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(kwargs_handlers=[unused])
-    trainer = Trainer(generator, _reward(context), GRPO(settings.algorithm), settings, config.seed, accelerator)
+    generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
+    trainer = Trainer(
+        generator, _reward(context), algorithm_of(settings.algorithm), settings, config.seed, Accelerator()
+    )
     if (checkpoint := artifact.resume / "trainer").is_dir():
         trainer.load(checkpoint)
     pending: list[Iteration] = []
@@ -154,10 +155,10 @@ def _run(context: Context) -> None:
             parts = [datasets.Dataset.from_parquet(str(path)) for path in sorted(artifact.resume.glob(f"{name}-*"))]
             write_rows(artifact, f"{name}-00000.parquet", datasets.concatenate_datasets(parts).to_list(), features)
         trainer.average.swap()
-        artifact.write_folder(ADAPTER, lambda folder: lora.save(generator.transformer, folder))
+        artifact.write_folder(ADAPTER, lambda folder: models.lora.save(generator.transformer, folder))
 
 
-def _set_down(context: Context, pending: Sequence[Iteration], first: int) -> None:
+def _set_down(context: Context, pending: Sequence["Iteration"], first: int) -> None:
     """Keep the rows of the iterations from `first` in the stage's own space until it ends."""
     curves, rollouts = [], []
     for number, done in enumerate(pending, first):

@@ -1,0 +1,93 @@
+"""DiffusionNFT (2509.16117): policy optimisation on the forward process, without trajectories or likelihoods.
+
+Finished pictures x0 are noised to random times. With the velocity v of the policy and v_old of the one that drew
+x0, an implicit positive and an implicit negative policy are regressed on x0 (equation 5 and algorithm 1):
+
+    v+ = (1 - beta) v_old + beta v,   v- = (1 + beta) v_old - beta v
+    loss = (r |x0(v+) - x0|^2 + (1 - r) |x0(v-) - x0|^2) / beta,   r = 1/2 + A / (2 limit)
+
+where x0(v) = x_t - t v, each error is divided by its own mean size, and A is the group-relative advantage clipped
+to +-limit. What we leave out: the old policy as a slow average; ours is the policy that drew the pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from models.keys import sample_key
+from models.paths import endpoints, noised
+from models.samplers import keyed_noise
+from pipeline.rl.advantage import Advantages, group_advantages
+from pipeline.rl.algorithm import Examples, Loss, Velocities
+from pipeline.rl.rollout import Plan, Rollout
+from pipeline.settings import Section
+
+
+class NFTConfig(Section):
+    """`draws` noisy copies of each picture, at times spread evenly; `kl` weighs |v - v_ref|^2."""
+
+    type: Literal["nft"] = "nft"
+    beta: float = Field(1.0, gt=0)
+    draws: int = Field(2, ge=1)
+    kl: float = Field(1e-4, ge=0)
+    advantage_scale: Literal["group", "global"] = "global"
+    advantage_limit: float = Field(5.0, gt=0)
+
+
+@dataclass(frozen=True)
+class Forward(Examples):
+    """Pictures `x0` (M, ...) noised, and the share `r` (M,) of each that counts as good."""
+
+    x0: Tensor
+    r: Tensor
+
+
+class NFT:
+    """The algorithm as the trainer sees it."""
+
+    needs_old = True
+
+    def __init__(self, config: NFTConfig):
+        self.config = config
+        self.needs_reference = config.kl > 0
+
+    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
+        return Plan(steps, shift, "ode", 0.0, 0, 0, siblings)
+
+    def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
+        return group_advantages(rewards_PK, valid_PK, self.config.advantage_scale, self.config.advantage_limit)
+
+    def examples(
+        self, rollout: Rollout, advantages_PK: Tensor, ids: Sequence[str], seed: Sequence[str | int]
+    ) -> Sequence[Forward]:
+        x0, device = rollout.latents, rollout.latents.device
+        prompts, siblings = advantages_PK.shape
+        owner = torch.arange(prompts, device=device).repeat_interleave(siblings)
+        r = 0.5 + advantages_PK.flatten() / (2 * self.config.advantage_limit)
+        sets = []
+        for draw in range(self.config.draws):
+            keys = [sample_key(*seed, i, k, "draw", draw) for i in ids for k in range(siblings)]
+            uniform = torch.tensor([key / 2**63 for key in keys], device=device)
+            t = ((draw + uniform) / self.config.draws).clamp(0.02, 0.98)
+            sets.append(Forward(noised(x0, keyed_noise(keys, x0.shape[1:], device), t), t, owner, x0, r))
+        return sets
+
+    def loss(self, examples: Forward, v: Velocities) -> Loss:
+        beta = self.config.beta
+        good = _error((1 - beta) * v.old + beta * v.policy, examples)
+        bad = _error((1 + beta) * v.old - beta * v.policy, examples)
+        total = (examples.r * good + (1 - examples.r) * bad) / beta
+        kl = torch.zeros_like(total)
+        if v.reference is not None:
+            kl = (v.policy - v.reference).square().flatten(1).mean(1)
+        return Loss(total + self.config.kl * kl, kl.detach(), torch.zeros_like(total))
+
+
+def _error(v: Tensor, examples: Forward) -> Tensor:
+    """Mean square error of the x0 that `v` points to, divided by its mean size, (M,)."""
+    away = (endpoints(examples.x_t, v, examples.t)[0] - examples.x0).flatten(1)
+    return away.square().mean(1) / away.detach().abs().mean(1).clamp(min=1e-5)
