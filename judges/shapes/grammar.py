@@ -178,28 +178,29 @@ def sample_prompt(rng: random.Random, split: str | None = None, skill: str | Non
     prompts = all_prompts(skill, split)
     if skill == "position":
         prompts = _position_halves(split)[rng.random() < 0.5]
-    elif skill == "counting":
-        prompts = _counting_halves(split)[rng.random() < 0.5]
     return rng.choice(prompts)
 
 
 @cache
 def _position_halves(split: str | None) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    return _by_colour(all_prompts("position", split))
-
-
-@cache
-def _counting_halves(split: str | None) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    return _by_colour(all_prompts("counting", split))
-
-
-def _by_colour(prompts: tuple[Prompt, ...]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    prompts = all_prompts("position", split)
     plain = tuple(p for p in prompts if p.things[0].colour is None)
     return plain, tuple(p for p in prompts if p.things[0].colour is not None)
 
 
-def change_one(prompt: Prompt, rng: random.Random) -> Prompt:
-    """`prompt` with one attribute changed to a value that makes it false of every picture of the original."""
+def change_one(prompt: Prompt, rng: random.Random, split: str | None = None) -> Prompt:
+    """`prompt` with one attribute changed to a value that makes it false of every picture of the original.
+
+    With a `split` the changed prompt is of it too. Raises ValueError where there is none.
+    """
+    for _ in range(1000):
+        changed = _change_one(prompt, rng)
+        if split is None or changed.split == split:
+            return changed
+    raise ValueError(f"prompt: no change of {prompt.text!r} in one attribute is in the split {split}")
+
+
+def _change_one(prompt: Prompt, rng: random.Random) -> Prompt:
     options = ["shape"]
     if prompt.things[0].colour:
         options.append("colour")

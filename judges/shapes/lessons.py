@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from judges.shapes.flaws import Example, PatchTargets, clean, flawed, patch_targets
+from judges.shapes.flaws import Example, clean, flawed
 from judges.shapes.grammar import Object, Prompt, Thing, change_one, holds, relation, sample_prompt
 from judges.shapes.questions import ask, describe
 from judges.shapes.render import SIZE, scene_of
@@ -41,12 +41,9 @@ def _example(rng: random.Random) -> tuple[Prompt, Example]:
     return prompt, flawed(scene, rng) if rng.random() < _FLAWED else clean(scene)
 
 
-def dense_batch(rng: random.Random, size: int) -> tuple[np.ndarray, PatchTargets]:
-    """Pictures and their stacked patch targets."""
-    examples = [_example(rng)[1] for _ in range(size)]
-    targets = [patch_targets(example) for example in examples]
-    stacked = (np.stack([getattr(t, name) for t in targets]) for name in ("shape", "colour", "offset"))
-    return np.stack([example.image for example in examples]), PatchTargets(*stacked)
+def vision_examples(rng: random.Random, size: int) -> list[Example]:
+    """What the vision tower is taught on."""
+    return [_example(rng)[1] for _ in range(size)]
 
 
 def matching_batch(rng: random.Random, size: int) -> Matching:
@@ -65,21 +62,15 @@ def answering_batch(rng: random.Random, size: int, questions: int, template: str
     for row, (prompt, example) in enumerate(drawn):
         texts.append(("[BOS]", describe(example.objects, SIZE)))
         told = rng.choice([prompt, retell(example.objects, rng) or prompt])
-        for text, truth in ask(example.objects, told, _train_change(told, rng), rng, questions):
+        for text, truth in ask(example.objects, told, change_one(told, rng, "train"), rng, questions):
             texts.append((template.format(text), "yes" if truth else "no"))
         index += [row] * (1 + questions)
     return Answering(np.stack([example.image for _, example in drawn]), index, texts)
 
 
 def _texts(prompt: Prompt, objects: Sequence[Object], rng: random.Random) -> list[Prompt]:
-    told = retell(objects, rng) or _train_change(prompt, rng)
-    return [prompt, told, _train_change(prompt, rng), _train_change(told, rng)]
-
-
-def _train_change(prompt: Prompt, rng: random.Random) -> Prompt:
-    while (changed := change_one(prompt, rng)).split != "train":
-        pass
-    return changed
+    told = retell(objects, rng) or change_one(prompt, rng, "train")
+    return [prompt, told, change_one(prompt, rng, "train"), change_one(told, rng, "train")]
 
 
 def retell(objects: Sequence[Object], rng: random.Random) -> Prompt | None:

@@ -1,7 +1,7 @@
 """The gold standard of the embedded world: reads a picture back into objects, exactly.
 
 Colour segmentation (the direction in which a pixel leaves the background), connected components, then the
-shape whose rendering at the component's own centre and area overlaps it most. What it cannot read is an
+shape whose rendering, crisp or soft, at the component's own centre and area overlaps it most. What it cannot read is an
 object of unknown shape or colour, and a picture that holds one follows no prompt. It measures; training on it
 takes an explicit `allow_gold: true`.
 """
@@ -17,6 +17,7 @@ from judges.shapes.render import BACKGROUND, PALETTE_RGB, SIZE, coverage
 
 MIN_AREA = 6.0  # square pixels: anything smaller is a speck and not an object
 MIN_OVERLAP = 0.80  # soft intersection over union with the best shape
+SOFTNESS = 0.5  # pixels: a shape is also compared blurred by this, because soft edges change no shape
 MIN_PURITY = 0.80  # share of a component's area that has its main colour
 
 _DIRECTIONS = PALETTE_RGB - BACKGROUND
@@ -76,7 +77,8 @@ def _identify(alpha: np.ndarray, colour: np.ndarray) -> Seen:
 def _overlap(alpha: np.ndarray, shape: str, x: float, y: float, area: float) -> float:
     radius = np.sqrt(area / _UNIT_AREA[shape])
     template = coverage(shape, np.array(x), np.array(y - _DROP[shape] * radius), np.array(radius))
-    return float(np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum())
+    soft = ndimage.gaussian_filter(template, SOFTNESS)
+    return max(float(np.minimum(alpha, t).sum() / np.maximum(alpha, t).sum()) for t in (template, soft))
 
 
 def _centroid_drop(shape: str) -> float:
