@@ -83,7 +83,7 @@ def small_config(
 
 
 class DenseHead(nn.Module):
-    """Reads, from the ViT's patch tokens (B, 1 + N, W), two classes a patch and the way to its object's centre."""
+    """Reads, from one token a patch (B, N, W), two classes a patch and the way to its object's centre."""
 
     def __init__(self, width: int, shapes: int, colours: int):
         super().__init__()
@@ -91,14 +91,12 @@ class DenseHead(nn.Module):
         self.out = nn.Linear(width, sum(self.sizes))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.out(tokens[:, 1:]).split(self.sizes, -1)
+        return self.out(tokens).split(self.sizes, -1)
 
 
-def dense_loss(
-    vision: nn.Module, head: DenseHead, pixels: Tensor, shape: Tensor, colour: Tensor, offset: Tensor
-) -> Tensor:
+def dense_loss(head: DenseHead, tokens: Tensor, shape: Tensor, colour: Tensor, offset: Tensor) -> Tensor:
     """Cross-entropy of `shape` and `colour` (B, N) plus the squared error of `offset` (B, N, 2) where it is not NaN."""
-    shapes, colours, offsets = head(vision(pixel_values=pixels).last_hidden_state)
+    shapes, colours, offsets = head(tokens)
     there = ~offset.isnan()
     away = F.mse_loss(offsets[there], offset[there]) if there.any() else offsets.sum() * 0
     return (

@@ -2,7 +2,9 @@
 
 Latents are bounded and the decoder is trained on noisy ones, so it turns a latent that is not quite right into
 a crisp picture, and nearby latents into similar ones: what a diffusion model in them needs (2112.10752,
-section 3.1, where a KL term does this). Shapes: B batch, S picture size, s = S / 4 latent size, C channels.
+section 3.1, where a KL term does this). `codec_loss` hands the noisy latents back, so that a caller can ask that what
+they show be read from them linearly: latents that carry meaning are learned several times faster (VA-VAE,
+2501.01423). Shapes: B batch, S picture size, s = S / 4 latent size, C channels.
 """
 
 import numpy as np
@@ -31,7 +33,7 @@ class Codec(ModelMixin, ConfigMixin):
     """Pictures (B, 3, S, S) in [-1, 1] to latents (B, C, s, s) in [-`bound`, `bound`], and back."""
 
     @register_to_config
-    def __init__(self, channels: int = 8, width: int = 64, bound: float = 2.0):
+    def __init__(self, channels: int = 8, width: int = 64, bound: float = 1.2):
         super().__init__()
         pixels = 3 * PATCH * PATCH
         self.encoder = nn.Sequential(
@@ -59,14 +61,14 @@ class Codec(ModelMixin, ConfigMixin):
         return self.decoder(latents)
 
 
-def codec_loss(codec: Codec, pixels: Tensor, noise_key: int, most_noise: float = 0.4) -> Tensor:
-    """Absolute plus squared error of pictures decoded from latents with noise of up to `most_noise`."""
+def codec_loss(codec: Codec, pixels: Tensor, noise_key: int, most_noise: float = 0.25) -> tuple[Tensor, Tensor]:
+    """Absolute plus squared error of pictures decoded from latents with up to `most_noise`, and these latents."""
     random = torch.Generator().manual_seed(noise_key)
     latents = codec.encode(pixels)
     level = most_noise * torch.rand(len(latents), 1, 1, 1, generator=random)
-    noise = torch.randn(latents.shape, generator=random)
-    away = codec.decode(latents + (level * noise).to(latents.device)) - pixels
-    return away.abs().mean() + away.square().mean()
+    noisy = latents + (level * torch.randn(latents.shape, generator=random)).to(latents.device)
+    away = codec.decode(noisy) - pixels
+    return away.abs().mean() + away.square().mean(), noisy
 
 
 def to_pixels(images: np.ndarray) -> Tensor:

@@ -20,17 +20,19 @@ from models.positions import axial_rope, grid_ids, rotate
 
 
 class Stream(nn.Module):
-    """The weights that one modality has of its own in a block."""
+    """The weights that one modality has of its own in a block; one that is only `heard` is not changed by it."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, heard: bool = False):
         super().__init__()
-        hidden = int(mlp_ratio * width)
         self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = nn.Linear(width, (2 if heard else 6) * width)
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.RMSNorm(width // heads, eps=1e-6)
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6)
+        if heard:
+            return
+        hidden = int(mlp_ratio * width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp_in = nn.Linear(width, hidden)
@@ -50,19 +52,18 @@ class Stream(nn.Module):
 
 
 class Block(nn.Module):
-    """One joint attention and one MLP for each of the two streams."""
+    """One joint attention and one MLP for each of the two streams; the `last` block leaves the text as it is."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, last: bool):
         super().__init__()
+        self.last = last
         self.image = Stream(width, heads, mlp_ratio)
-        self.text = Stream(width, heads, mlp_ratio)
+        self.text = Stream(width, heads, mlp_ratio, heard=last)
 
-    def forward(
-        self, x: Tensor, y: Tensor, c: Tensor, cos: Tensor, sin: Tensor, last: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Image tokens `x` (B, N, W) and text tokens `y` (B, L, W) under `c` (B, W); `last` leaves `y` as it is."""
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens `x` (B, N, W) and text tokens `y` (B, L, W) under `c` (B, W)."""
         mx = self.image.modulation(c)[:, None].chunk(6, -1)  # 6 x (B, 1, W)
-        my = self.text.modulation(c)[:, None].chunk(6, -1)
+        my = self.text.modulation(c)[:, None].chunk(2 if self.last else 6, -1)
         qx, kx, vx = self.image.attention_in(x, mx[0], mx[1])  # (B, H, N, D)
         qy, ky, vy = self.text.attention_in(y, my[0], my[1])  # (B, H, L, D)
         q = torch.cat([qy, rotate(qx, cos, sin)], 2)  # (B, H, L + N, D)
@@ -71,7 +72,7 @@ class Block(nn.Module):
         heard = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L + N, W)
         heard_y, heard_x = heard.split([y.shape[1], x.shape[1]], 1)
         x = self.image.mlp(self.image.attention_out(x, heard_x, mx[2]), *mx[3:])
-        if not last:
+        if not self.last:
             y = self.text.mlp(self.text.attention_out(y, heard_y, my[2]), *my[3:])
         return x, y
 
@@ -97,7 +98,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.text_in = nn.Linear(text_width, width)
         self.pooled_in = nn.Linear(text_width, width)
         self.time_in = TimestepEmbedding(width, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, i == depth - 1) for i in range(depth))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, channels * patch * patch)
@@ -120,7 +121,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         c = F.silu(time + self.pooled_in(text.mean(1)))  # (B, W)
         y = self.text_in(text)  # (B, L, W)
         for block in self.blocks:
-            x, y = block(x, y, c, self.cos, self.sin, last=block is self.blocks[-1])
+            x, y = block(x, y, c, self.cos, self.sin)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, -1)
         x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, C p p)
         x = x.unflatten(2, (-1, p, p)).unflatten(1, (cells, cells))  # (B, h, w, C, p, p)

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from models.codec import PATCH, Codec, to_pixels
-from models.generator import NativeGenerator, sample_key
+from models.codec import PATCH, Codec
+from models.generator import NativeGenerator
+from models.keys import sample_key
 from models.mmdit import MMDiT
 from models.paths import noised, velocity
 from models.text import text_encoder, word_tokenizer
 
-Batch = tuple[np.ndarray, list[str]]  # uint8 (B, H, W, 3) and their captions
+Batch = tuple[Tensor, list[str]]  # latents (B, C, S, S) and their captions
 
 
 def new_generator(
@@ -37,9 +37,7 @@ def new_generator(
 
 def flow_matching_loss(generator: NativeGenerator, batch: Batch, noise_key: int) -> Tensor:
     """Mean square error of the velocity, times drawn logit-normal(0, 1) and stratified over the batch."""
-    images, captions = batch
-    with torch.no_grad():
-        x0 = generator.codec.encode(to_pixels(images).to(generator.device))
+    x0, captions = batch[0].to(generator.device), batch[1]
     random = torch.Generator().manual_seed(noise_key)
     noise = torch.randn(x0.shape, generator=random).to(x0.device)
     quantiles = (torch.arange(len(x0)) + torch.rand(len(x0), generator=random)) / len(x0)

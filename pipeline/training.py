@@ -65,13 +65,10 @@ def hybrid_optimizers(
                 hidden = parameter.ndim == 2 and any(part in name for part in ("blocks.", "layer.", "layers."))
                 apart = any(part in name for part in ("embed", "modulation"))
                 (matrices if hidden and not apart else others).append(parameter)
-    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=decay)
+    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     if not matrices:
         return [adam]
-    return [
-        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        adam,
-    ]
+    return [Muon(matrices, matrix_lr, weight_decay=decay), adam]
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay: int) -> float:

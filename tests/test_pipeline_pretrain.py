@@ -1,28 +1,32 @@
 """`pretrain` leaves checkpoints that the loaders read, with their recipe and quality, and goes on where it was."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 import yaml
 
 from judges import load_judge
-from judges.shapes.grammar import parse
+from judges.shapes.grammar import parse, sample_prompt
 from judges.shapes.oracle import follows
+from judges.shapes.render import render, scene_of
 from models import load_generator, sample
 from pipeline.settings import load
-from pipeline.stages.pretrain import PretrainConfig, caption_batch, pretrain
+from pipeline.stages.pretrain import PretrainConfig, captions_of, pretrain
 from rewards.backbones import QFormerReward, RewardProcessor
 
 JOBS = {
     "generator": {
         "codec_steps": 2,
+        "decoder_steps": 2,
+        "pictures": 8,
         "width": 32,
         "depth": 1,
         "batch": 4,
-        "free_steps": 1,
         "clean_steps": 1,
         "noisy_steps": 1,
+        "compile": False,
     },
     "judge": {"width": 32, "queries": 2, "batch": 4, "vision_steps": 2, "matching_steps": 2, "answering_steps": 2},
 }
@@ -65,9 +69,12 @@ def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(
     assert (published("judge") / "vqa" / "model.safetensors").read_bytes() == before
 
 
-def test_captions_are_true_or_false_in_the_share_asked_for():
-    for noise, share in ((0.0, 1.0), (1.0, 0.0)):
-        for lattice in (False, True):
-            images, captions = caption_batch(0, "t", 60, noise, lattice, 0)
-            right = [follows(image, parse(text)) for image, text in zip(images, captions, strict=True)]
-            assert np.mean(right) == share
+@pytest.mark.parametrize("lattice", [False, True])
+@pytest.mark.parametrize(("noise", "share"), [(0.0, 1.0), (1.0, 0.0)])
+def test_captions_are_true_or_false_in_the_share_asked_for(noise, share, lattice):
+    rng = random.Random(0)
+    prompts = [sample_prompt(rng, "train") for _ in range(60)]
+    images = render([scene_of(prompt, rng, lattice) for prompt in prompts])
+    told = captions_of(prompts, noise, rng)
+    assert np.mean([follows(image, parse(text)) for image, text in zip(images, told, strict=True)]) == share
+    assert {parse(text).split for text in told} == {"train"}

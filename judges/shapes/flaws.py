@@ -161,7 +161,7 @@ def patch_targets(example: Example) -> PatchTargets:
     count = _CELLS * _CELLS
     shape = np.full(count, len(SHAPES) + 1)
     colour = np.full(count, len(COLOURS) + 1)
-    offset = np.full((count, 2), np.nan)
+    offset = np.full((count, 2), np.nan, np.float32)
     if example.objects:
         alpha = np.stack([o.alpha for o in example.objects])  # (K, SIZE, SIZE)
         share = alpha.reshape(-1, _CELLS, PATCH, _CELLS, PATCH).mean((2, 4)).reshape(-1, count)  # (K, N)

@@ -7,7 +7,7 @@ with its settings and the quality measured on held-out prompts beside it.
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,16 +34,18 @@ from judges.qformer import (
     sequences,
     small_config,
 )
-from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, clean
-from judges.shapes.grammar import SKILLS, change_one, holds, sample_prompt, vocabulary
-from judges.shapes.lessons import answering_batch, dense_batch, matching_batch
+from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, Example, clean, patch_targets
+from judges.shapes.grammar import SKILLS, Prompt, change_one, holds, sample_prompt, vocabulary
+from judges.shapes.lessons import answering_batch, matching_batch, vision_examples
 from judges.shapes.oracle import gold
 from judges.shapes.questions import decompose, question_vocabulary, questions, whole
-from judges.shapes.render import SIZE, render, scene_of
-from models.codec import codec_loss, to_pixels
-from models.generator import NativeGenerator, sample, sample_key
+from judges.shapes.render import SIZE, Scene, render, scene_of
+from models.codec import Codec, codec_loss, to_pixels
+from models.generator import NativeGenerator, sample
+from models.keys import sample_key
 from models.pretrain import Batch, new_generator, pretraining_loss
 from models.text import word_tokenizer
+from pipeline.compiling import compile_module
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.settings import Section, dump
 from pipeline.store import atomic_write_text
@@ -63,24 +65,28 @@ class Optimisation(Section):
 
 
 class GeneratorJob(Section):
-    """A codec, then an MM-DiT on its latents.
+    """A codec, then an MM-DiT on its latents of `pictures` renderings.
 
-    The MM-DiT sees objects anywhere for `free_steps`, objects on the lattice for `clean_steps`, both with true
-    captions, and then for `noisy_steps` captions of which a share `noise` has one attribute changed.
+    In the codec's loss `meaning` weighs how well shape, colour and place are read from the latents linearly; its
+    decoder then has `decoder_steps` alone, on less noise, to become crisp. The MM-DiT sees true captions for
+    `clean_steps`, and then for `noisy_steps` captions of which a share `noise` has one attribute changed.
     """
 
     type: Literal["generator"]
-    codec_steps: int = Field(2000, ge=1)
+    codec_steps: int = Field(3000, ge=1)
+    decoder_steps: int = Field(2000, ge=1)
     codec_lr: float = Field(4e-3, gt=0)
+    meaning: float = Field(0.1, ge=0)
+    pictures: int = Field(60000, ge=1)
     width: int = 96
     depth: int = 4
     text_depth: int = 1
     max_tokens: int = 12
-    batch: int = 96
-    free_steps: int = Field(900, ge=0)
-    clean_steps: int = Field(3400, ge=0)
-    noisy_steps: int = Field(600, ge=0)
-    noise: float = Field(0.2, ge=0, le=1)
+    batch: int = 128
+    clean_steps: int = Field(4500, ge=0)
+    noisy_steps: int = Field(1500, ge=0)
+    noise: float = Field(0.4, ge=0, le=1)
+    compile: bool = True
     optimisation: Optimisation = Optimisation()
 
 
@@ -159,40 +165,67 @@ def _train(
     average.swap()
 
 
-def caption_batch(step: int, task: str, size: int, noise: float, lattice: bool, seed: int) -> Batch:
-    """Renderings and their captions, a share `noise` of which have one attribute changed."""
-    rng = random.Random(sample_key(seed, task, step))
-    prompts = [sample_prompt(rng, "train") for _ in range(size)]
-    images = render([scene_of(prompt, rng, lattice) for prompt in prompts])
-    return images, [(change_one(p, rng) if rng.random() < noise else p).text for p in prompts]
+def captions_of(prompts: Sequence[Prompt], noise: float, rng: random.Random) -> list[str]:
+    """The texts of `train` prompts, a share `noise` of them with one attribute changed, within the split: held-out
+    prompts are neither shown nor lied about."""
+    return [(change_one(p, rng, "train") if rng.random() < noise else p).text for p in prompts]
+
+
+def _gallery(codec: Codec, pictures: int, seed: int, progress: Progress) -> tuple[list[Prompt], Tensor]:
+    """Prompts and the latents of a rendering of each."""
+    prompts, latents = [], []
+    with progress.track(pictures, "pictures", "gallery", 0) as advance:
+        for start in range(0, pictures, 256):
+            rng = random.Random(sample_key(seed, "gallery", start))
+            drawn = [sample_prompt(rng, "train") for _ in range(min(256, pictures - start))]
+            images = render([scene_of(prompt, rng, lattice=True) for prompt in drawn])
+            with torch.no_grad():
+                latents.append(codec.encode(to_pixels(images)))
+            prompts += drawn
+            advance(len(drawn))
+    return prompts, torch.cat(latents)
 
 
 def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
     generator = new_generator(vocabulary(), SIZE, job.width, job.depth, job.text_depth, job.max_tokens, seed)
+    codec = generator.codec
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = DenseHead(codec.config.channels, SHAPE_CLASSES, COLOUR_CLASSES)
+
+    def scenes_at(task: str, step: int) -> list[Scene]:
+        rng = random.Random(sample_key(seed, task, step))
+        return [scene_of(sample_prompt(rng, "train"), rng, lattice=rng.random() < 0.7) for _ in range(64)]
 
     def codec_at(step: int) -> Tensor:
-        images, _ = caption_batch(step, "codec", 64, 0.0, False, seed)
-        return codec_loss(generator.codec, to_pixels(images), sample_key(seed, "codec noise", step))
+        images, truths = dense_targets([clean(scene) for scene in scenes_at("codec", step)])
+        loss, latents = codec_loss(codec, to_pixels(images), sample_key(seed, "codec noise", step))
+        return loss + job.meaning * dense_loss(head, latents.flatten(2).mT, *truths)
 
-    def captions_at(step: int) -> Batch:
-        noise = job.noise if step >= job.free_steps + job.clean_steps else 0.0
-        return caption_batch(step, "flow", job.batch, noise, step >= job.free_steps, seed)
+    def decoder_at(step: int) -> Tensor:
+        pixels = to_pixels(render(scenes_at("decoder", step)))
+        return codec_loss(codec, pixels, sample_key(seed, "decoder noise", step), most_noise=0.1)[0]
 
     slow = job.optimisation.model_copy(update={"lr": job.codec_lr})
-    _train(
-        "codec",
-        codec_at,
-        {"codec": generator.codec},
-        job.codec_steps,
-        job.codec_steps // 2,
-        slow,
-        folder,
-        progress,
-    )
-    generator.codec.requires_grad_(False)
+    parts = {"codec": codec, "head": head}
+    _train("codec", codec_at, parts, job.codec_steps, job.codec_steps // 2, slow, folder, progress)
+    codec.encoder.requires_grad_(False)
+    decoder = {"decoder": codec.decoder}
+    _train("decoder", decoder_at, decoder, job.decoder_steps, job.decoder_steps // 2, slow, folder, progress)
+    codec.requires_grad_(False)
+    prompts, latents = _gallery(codec, job.pictures, seed, progress)
+
+    def captions_at(step: int) -> Batch:
+        rng = random.Random(sample_key(seed, "flow", step))
+        chosen = [rng.randrange(job.pictures) for _ in range(job.batch)]
+        noise = job.noise if step >= job.clean_steps else 0.0
+        return latents[chosen], captions_of([prompts[i] for i in chosen], noise, rng)
+
+    if job.compile:
+        compile_module(generator.transformer, generator.device)
     modules = {"transformer": generator.transformer, "text_encoder": generator.text_encoder}
     loss_at = pretraining_loss(generator, captions_at, seed)
-    steps = job.free_steps + job.clean_steps + job.noisy_steps
+    steps = job.clean_steps + job.noisy_steps
     _train("flow", loss_at, modules, steps, job.noisy_steps, job.optimisation, folder, progress)
     generator.save_pretrained(out)
     prompts = [sample_prompt(random.Random(i), "eval", SKILLS[i % len(SKILLS)]) for i in range(510)]
@@ -218,9 +251,9 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
         return random.Random(sample_key(seed, task, step))
 
     def vision_at(step: int) -> Tensor:
-        images, targets = dense_batch(rng_at("vision", step), job.batch)
-        truths = (torch.from_numpy(t) for t in (targets.shape, targets.colour, targets.offset.astype(np.float32)))
-        return dense_loss(matcher.vision_model, head, to_pixels(images), *truths)
+        images, truths = dense_targets(vision_examples(rng_at("vision", step), job.batch))
+        tokens = matcher.vision_model(pixel_values=to_pixels(images)).last_hidden_state[:, 1:]
+        return dense_loss(head, tokens, *truths)
 
     def matching_at(step: int) -> Tensor:
         batch = matching_batch(rng_at("matching", step), job.batch // 2)
@@ -273,6 +306,13 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
             saved.save_pretrained(out / name)
     atomic_write_text(out / "vqa" / "judge.json", '{"questions": "shapes"}\n')
     return judge_quality(out)
+
+
+def dense_targets(examples: Sequence[Example]) -> tuple[np.ndarray, list[Tensor]]:
+    """Pictures, uint8 (B, H, W, 3), and what their patches show: shape and colour (B, N), offset (B, N, 2)."""
+    targets = [patch_targets(example) for example in examples]
+    truths = [np.stack([getattr(t, name) for t in targets]) for name in ("shape", "colour", "offset")]
+    return np.stack([e.image for e in examples]), [torch.from_numpy(t) for t in truths]
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
