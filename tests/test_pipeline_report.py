@@ -464,6 +464,19 @@ def test_the_interval_counts_prompts_rather_than_samples():
     assert once.high - once.low == pytest.approx(2 * 2.447 * (2 / 7) ** 0.5 / 7**0.5, abs=1e-3)
 
 
+def test_the_interval_lies_around_the_change_of_all_images():
+    rows = [
+        {"model": model, "prompt_id": prompt, "sample": sample, "gold": model == "tuned" and prompt == "often"}
+        for model in ("base", "tuned")
+        for prompt, samples in {"often": 90, "a": 5, "b": 5}.items()
+        for sample in range(samples)
+    ]
+    change = words.paired_change(rows)
+    assert (change.low + change.high) / 2 == pytest.approx(0.9)
+    # Three prompts say little, however many images the first of them has.
+    assert change.high - change.low > 0.5
+
+
 def test_one_prompt_proves_nothing():
     rows = [{"model": m, "prompt_id": "p", "sample": 0, "gold": m == "tuned"} for m in ("base", "tuned")]
     change = words.paired_change(rows)

@@ -58,7 +58,8 @@ class JudgeLine:
 def paired_change(rows: Iterable[Row]) -> Change | None:
     """How `gold` changed from base to tuned, image by image; None where it is not known.
 
-    The interval is Student's over prompts, because samples of one prompt are no independent witnesses.
+    The interval is of the mean over images, as everywhere on the page, and of the width that the spread between
+    prompts gives it, because samples of one prompt are no independent witnesses.
     """
     gold = {(row["model"], row["prompt_id"], row["sample"]): row["gold"] for row in rows}
     steps: dict[str, list[int]] = {}
@@ -68,7 +69,7 @@ def paired_change(rows: Iterable[Row]) -> Change | None:
     if not steps:
         return None
     flat = [step for several in steps.values() for step in several]
-    low, high = _interval([float(np.mean(several)) for several in steps.values()])
+    low, high = _interval(list(steps.values()))
     return Change(len(flat), flat.count(1), flat.count(-1), low, high)
 
 
@@ -150,12 +151,19 @@ def _signed(number: int) -> str:
     return f"{number:+d}".replace("-", "\N{MINUS SIGN}") if number else "0"
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean; a single value tells nothing of others of between -1 and 1."""
-    if len(values) < 2:
+def _interval(clusters: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """95 % interval of the mean of all values in -1..1, clusters being what is independent.
+
+    Student's on the linearised mean (Cochran, Sampling Techniques, 3rd ed., chapter 9A); a single cluster tells nothing
+    of others.
+    """
+    if len(clusters) < 2:
         return -1.0, 1.0
-    reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+    sums, sizes = np.array([(sum(values), len(values)) for values in clusters]).T
+    mean = sums.sum() / sizes.sum()
+    deviation = np.std(sums - mean * sizes, ddof=1) / np.mean(sizes)
+    reach = stats.t.ppf(0.975, len(clusters) - 1) * deviation / np.sqrt(len(clusters))
+    return float(mean - reach), float(mean + reach)
 
 
 def _mean(flags: Sequence[bool]) -> float | None:

@@ -29,6 +29,8 @@ from pipeline.stages.sample import CALL_SECONDS, columns, shards
 from pipeline.store import read_rows, write_rows
 
 MODELS = ("base", "tuned")
+GOLD_SECONDS = 4e-3
+"""One picture for the oracle of the embedded world, on the reference machine."""
 
 FEATURES = datasets.Features(
     {
@@ -89,7 +91,8 @@ def _depends(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     images = 2 * config.evaluate.images
-    return Work(images, images * (config.evaluate.steps * CALL_SECONDS + 2 * JUDGE_SECONDS))
+    rollouts = config.finetune.iterations * config.finetune.kept_images
+    return Work(images, images * (config.evaluate.steps * CALL_SECONDS + 2 * JUDGE_SECONDS) + rollouts * GOLD_SECONDS)
 
 
 def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[bool | None]:
@@ -163,9 +166,12 @@ def _measure_rollouts(context: Context) -> None:
     tuned = context.inputs["finetune"]
     kept = read_rows(tuned, "rollouts-*.parquet")
     right: dict[int, list[bool | None]] = {}
-    images = [np.asarray(image) for image in kept["image"]]
-    for iteration, passed in zip(kept["iteration"], _gold(context.config, images, kept["prompt"]), strict=True):
-        right.setdefault(iteration, []).append(passed)
+    with context.progress.track(len(kept), "rollouts", "evaluate") as advance:
+        for part in kept.iter(batch_size=context.config.evaluate.shard):
+            images = [np.asarray(image) for image in part["image"]]
+            for iteration, passed in zip(part["iteration"], _gold(context.config, images, part["prompt"]), strict=True):
+                right.setdefault(iteration, []).append(passed)
+            advance(len(images))
     rows = [
         {
             "iteration": curve["iteration"],

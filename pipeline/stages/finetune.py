@@ -68,7 +68,7 @@ class FinetuneConfig(TrainerSettings):
     algorithm: Annotated[AlgorithmConfig, Field(discriminator="type")] = GRPOConfig()
     reward: Literal["model", "judge", "gold"] = "model"
     allow_gold: bool = False
-    kept_images: int = Field(48, ge=0)
+    kept_images: int = Field(24, ge=0)
     save_every: int = Field(10, ge=1)
 
     @model_validator(mode="after")
