@@ -20,7 +20,7 @@ from judges.shapes.grammar import (
 )
 from judges.shapes.lessons import answering_batch, matching_batch, retell
 from judges.shapes.oracle import follows, read
-from judges.shapes.questions import Question, decompose, question_vocabulary, questions, whole
+from judges.shapes.questions import Question, decompose, describe, question_vocabulary, questions, whole
 from judges.shapes.render import SIZE, Item, render, scene_of
 
 
@@ -151,9 +151,19 @@ def test_lessons_keep_to_the_training_split_and_tell_the_truth():
     batch = matching_batch(random.Random(0), 40)
     assert all(parse(text).split == "train" for told in batch.texts for text in told)
     assert 0.25 < batch.labels.mean() < 0.6
-    answers = answering_batch(random.Random(0), 10, 4, "Question: {} Answer:")
-    assert len(answers.texts) == len(answers.index) == 50
-    assert {say for _, say in answers.texts} > {"yes", "no"}
+    answers = answering_batch(random.Random(0), 100, 4, "{}")
+    assert len(answers.texts) == len(answers.index) == 500
+    said = {
+        kind: [say for text, say in answers.texts if text.startswith(kind)] for kind in ("does", "is the ", "is there")
+    }
+    assert all(0.25 < np.mean([say == "yes" for say in found]) < 0.75 for found in said.values())
+    shown = [parse(text[len("does this figure show ") : -1]) for text, _ in answers.texts if text.startswith("does")]
+    assert all(prompt.split == "train" for prompt in shown)
+
+
+def test_a_description_gives_the_nearest_line_of_the_grid():
+    scene = (Item("ring", "red", 15.9, 4.1, 5), Item("cross", "blue", 8, 27, 5))
+    assert describe(scene, SIZE) == "blue cross x2 y7 , red ring x4 y1"
 
 
 def test_a_retold_scene_still_holds():

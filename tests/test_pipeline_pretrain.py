@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from judges import load_judge
@@ -12,8 +13,9 @@ from judges.shapes.grammar import parse, sample_prompt
 from judges.shapes.oracle import follows
 from judges.shapes.render import render, scene_of
 from models import load_generator, sample
+from models.codec import to_images, to_pixels
 from pipeline.settings import load
-from pipeline.stages.pretrain import PretrainConfig, captions_of, pretrain
+from pipeline.stages.pretrain import PretrainConfig, captions_of, pretrain, repainted
 from rewards.backbones import QFormerReward, RewardProcessor
 
 JOBS = {
@@ -67,6 +69,20 @@ def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(
     assert model.config.num_query_tokens == 2
     before = (folder / "vqa" / "model.safetensors").read_bytes()
     assert (published("judge") / "vqa" / "model.safetensors").read_bytes() == before
+
+
+def test_only_the_share_asked_for_is_repainted_and_stays_a_picture():
+    codec = load_generator("models/checkpoints/shapes").codec
+    rng = random.Random(0)
+    prompts = [sample_prompt(rng, "train") for _ in range(40)]
+    pixels = to_pixels(render([scene_of(prompt, rng, lattice=True) for prompt in prompts]))
+    found = repainted(codec, pixels, 0.5, 0)
+    assert torch.equal(found[20:], pixels[20:])
+    assert torch.equal(found, repainted(codec, pixels, 0.5, 0))
+    assert torch.equal(to_pixels(to_images(found)), found)
+    assert 0 < (found[:20] - pixels[:20]).abs().mean() < 0.05
+    right = [follows(image, prompt) for image, prompt in zip(to_images(found[:20]), prompts, strict=False)]
+    assert np.mean(right) > 0.8
 
 
 @pytest.mark.parametrize("lattice", [False, True])

@@ -1,6 +1,6 @@
 """Pictures as half-trained generators make them, with what is still true of them.
 
-Objects get lost or doubled, shapes melt into each other, colours split, edges soften, specks stay behind. An
+Objects get lost, doubled or mistaken, shapes melt into each other, colours split, edges soften, specks stay behind. An
 object beyond recognition keeps its place but loses its shape or colour (None), so no question is true of it.
 """
 
@@ -100,6 +100,10 @@ def flawed(scene: Scene, rng: random.Random) -> Example:
     items = list(scene)
     if rng.random() < 0.15 and len(items) > 1:
         items.pop(rng.randrange(len(items)))
+    if rng.random() < 0.2:
+        index = rng.randrange(len(items))
+        wrong = rng.choice([{"shape": rng.choice(SHAPES)}, {"colour": rng.choice(COLOURS)}])
+        items[index] = replace(items[index], **wrong)
     if rng.random() < 0.2:
         extra = replace(rng.choice(items), x=rng.uniform(6, SIZE - 6), y=rng.uniform(6, SIZE - 6))
         extra = replace(extra, shape=rng.choice([extra.shape, *SHAPES]), colour=rng.choice([extra.colour, *COLOURS]))

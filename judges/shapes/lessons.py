@@ -15,6 +15,14 @@ from judges.shapes.questions import ask, describe
 from judges.shapes.render import SIZE, scene_of
 
 _FLAWED = 0.6  # share of the pictures
+_SKILLS = {  # how often each is drawn: the harder, the more
+    "single_object": 1,
+    "colors": 1,
+    "two_object": 2,
+    "color_attribution": 2,
+    "counting": 3,
+    "position": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class Answering:
 
 
 def _example(rng: random.Random) -> tuple[Prompt, Example]:
-    prompt = sample_prompt(rng, "train")
-    scene = scene_of(prompt, rng)
+    prompt = sample_prompt(rng, "train", rng.choices(list(_SKILLS), list(_SKILLS.values()))[0])
+    scene = scene_of(prompt, rng, lattice=rng.random() < 0.5)
     return prompt, flawed(scene, rng) if rng.random() < _FLAWED else clean(scene)
 
 

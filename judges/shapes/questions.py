@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from judges.shapes.grammar import NUMBERS, Object, Prompt, Thing, holds, parse, relation
+from judges.shapes.grammar import COLOURS, NUMBERS, RELATIONS, SHAPES, Object, Prompt, Thing, holds, parse, relation
 
 _WORDS = {1: "one", **{number: word for word, number in NUMBERS.items()}}
 _VOCABULARY = (
@@ -73,23 +73,72 @@ def decompose(text: str) -> list[str]:
 
 
 def describe(objects: Sequence[Object], size: int) -> str:
-    """A caption that names every object with its place on the grid, from left to right."""
-    scale = CELLS / size
+    """A caption that names every object with the nearest place on the grid, from left to right."""
     parts = [
-        f"{Thing(o.shape or 'object', o.colour).text} x{int(o.x * scale)} y{int(o.y * scale)}"
+        f"{Thing(o.shape or 'object', o.colour).text} x{_cell(o.x, size)} y{_cell(o.y, size)}"
         for o in sorted(objects, key=lambda o: o.x)
     ]
     return " , ".join(parts)
 
 
+def _cell(at: float, size: int) -> int:
+    """The nearest line of the grid, not the cell: the objects of a lattice stand on lines."""
+    return min(round(at * CELLS / size), CELLS - 1)
+
+
 def ask(
     objects: Sequence[Object], prompt: Prompt, changed: Prompt, rng: random.Random, count: int
 ) -> list[tuple[str, bool]]:
-    """`count` questions with their answers, about half of them on the whole of `prompt` or of its change."""
+    """`count` questions with their answers: on the whole of `prompt` or of its change, on their parts, and on what
+    there is in the picture whatever the prompt."""
     whole_ones = [Question("shows", prompt), Question("shows", changed)]
     parts = [*questions(prompt), *questions(changed)]
-    drawn = [rng.choice(whole_ones) if rng.random() < 0.5 else rng.choice(parts) for _ in range(count)]
+    drawn = []
+    for kind in rng.choices(["whole", "parts", "seen"], [0.3, 0.2, 0.5], k=count):
+        fallback = whole_ones if kind == "whole" else parts
+        drawn.append((kind == "seen" and _about(objects, rng)) or rng.choice(fallback))
     return [(question.text, question.answer(objects)) for question in drawn]
+
+
+def _about(objects: Sequence[Object], rng: random.Random) -> Question | None:
+    """A question on what there is, how many, or how it stands, about as often false as true; None where none fits."""
+    seen = [o for o in objects if o.shape and o.colour]
+    kind = rng.choices(["exists", "total", "relation"], [0.2, 0.15, 0.65])[0]
+    if kind == "total":
+        return _total(len(objects), rng)
+    if kind == "relation":
+        return _related(seen, rng)
+    return Question("exists", Prompt((_like(rng.choice(seen), rng),))) if seen else None
+
+
+def _total(count: int, rng: random.Random) -> Question:
+    right = count in _WORDS and rng.random() < 0.5
+    wrong = sorted((n for n in _WORDS if n != count), key=lambda n: abs(n - count))[:2]
+    return Question("total", Prompt((Thing(SHAPES[0]),), count if right else rng.choice(wrong)))
+
+
+def _related(seen: Sequence[Object], rng: random.Random) -> Question | None:
+    """How two of the objects stand to each other, in words of the `train` split."""
+    if len(seen) < 2:
+        return None
+    a, b = rng.sample(list(seen), 2)
+    coloured = rng.random() < 0.5
+    things = tuple(Thing(o.shape, o.colour if coloured else None) for o in (a, b))
+    true = relation((a.x, a.y), (b.x, b.y))
+    told = true if rng.random() < 0.5 else rng.choice([r for r in RELATIONS if r != true])
+    prompt = Prompt(things, 1, told)
+    return Question("relation", prompt) if things[0] != things[1] and prompt.split == "train" else None
+
+
+def _like(seen: Object, rng: random.Random) -> Thing:
+    """What was seen, half the time without its colour, half the time changed in one attribute."""
+    thing, coloured = Thing(seen.shape, seen.colour), rng.random() < 0.5
+    if rng.random() < 0.5:
+        if coloured and rng.random() < 0.5:
+            thing = replace(thing, colour=rng.choice(COLOURS))
+        else:
+            thing = replace(thing, shape=rng.choice(SHAPES))
+    return thing if coloured else Thing(thing.shape)
 
 
 def question_vocabulary() -> tuple[str, ...]:

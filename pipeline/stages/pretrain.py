@@ -40,7 +40,7 @@ from judges.shapes.lessons import answering_batch, matching_batch, vision_exampl
 from judges.shapes.oracle import gold
 from judges.shapes.questions import decompose, question_vocabulary, questions, whole
 from judges.shapes.render import SIZE, Scene, render, scene_of
-from models.codec import Codec, codec_loss, to_pixels
+from models.codec import Codec, codec_loss, to_images, to_pixels
 from models.generator import NativeGenerator, sample
 from models.keys import sample_key
 from models.pretrain import Batch, new_generator, pretraining_loss
@@ -91,14 +91,19 @@ class GeneratorJob(Section):
 
 
 class JudgeJob(Section):
-    """A BLIP-2 in three tasks: vision, matching, answering (see `judges.qformer`)."""
+    """A BLIP-2 in three tasks: vision, matching, answering (see `judges.qformer`).
+
+    A share `repainted` of the pictures is shown as the generator in `painter` would paint it, through its codec.
+    """
 
     type: Literal["judge"]
+    painter: str = "models/checkpoints/shapes"
+    repainted: float = Field(0.5, ge=0, le=1)
     width: int = 128
     queries: int = 12
-    vision_steps: int = Field(400, ge=1)
-    matching_steps: int = Field(1000, ge=1)
-    answering_steps: int = Field(2400, ge=1)
+    vision_steps: int = Field(600, ge=1)
+    matching_steps: int = Field(1200, ge=1)
+    answering_steps: int = Field(11500, ge=1)
     batch: int = 64
     questions: int = 4
     length: int = 32
@@ -247,12 +252,17 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
         nn.init.normal_(matcher.query_tokens, std=0.02)
         nn.init.normal_(model.query_tokens, std=0.02)
 
+    codec = Codec.from_pretrained(Path(job.painter) / "codec").eval().requires_grad_(False)
+
     def rng_at(task: str, step: int) -> random.Random:
         return random.Random(sample_key(seed, task, step))
 
+    def seen(images: np.ndarray, task: str, step: int) -> Tensor:
+        return repainted(codec, to_pixels(images), job.repainted, sample_key(seed, task, step, "repainted"))
+
     def vision_at(step: int) -> Tensor:
         images, truths = dense_targets(vision_examples(rng_at("vision", step), job.batch))
-        tokens = matcher.vision_model(pixel_values=to_pixels(images)).last_hidden_state[:, 1:]
+        tokens = matcher.vision_model(pixel_values=seen(images, "vision", step)).last_hidden_state[:, 1:]
         return dense_loss(head, tokens, *truths)
 
     def matching_at(step: int) -> Tensor:
@@ -261,7 +271,7 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
         shape = (*batch.labels.shape, -1)
         return matching_loss(
             matcher,
-            to_pixels(batch.images),
+            seen(batch.images, "matching", step),
             ids.view(shape),
             mask.view(shape),
             torch.from_numpy(batch.labels),
@@ -270,7 +280,7 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
     def answering_at(step: int) -> Tensor:
         batch = answering_batch(rng_at("answering", step), job.batch // 2, job.questions, TEMPLATE)
         ids, target = sequences(tokenizer, batch.texts, job.length)
-        return answering_loss(model, to_pixels(batch.images), torch.tensor(batch.index), ids, target)
+        return answering_loss(model, seen(batch.images, "answering", step), torch.tensor(batch.index), ids, target)
 
     settings = job.optimisation
     vision = {"vision": matcher.vision_model, "head": head}
@@ -288,6 +298,7 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
     )
     inherit(model, matcher)
     model.vision_model.requires_grad_(False)
+    tokenizer.model_max_length = job.length
     _train(
         "answering",
         answering_at,
@@ -313,6 +324,18 @@ def dense_targets(examples: Sequence[Example]) -> tuple[np.ndarray, list[Tensor]
     targets = [patch_targets(example) for example in examples]
     truths = [np.stack([getattr(t, name) for t in targets]) for name in ("shape", "colour", "offset")]
     return np.stack([e.image for e in examples]), [torch.from_numpy(t) for t in truths]
+
+
+def repainted(codec: Codec, pixels: Tensor, share: float, key: int, most_noise: float = 0.3) -> Tensor:
+    """`pixels` (B, 3, S, S), the first `share` of them through the codec's latents with up to `most_noise`, rounded to
+    the 256 levels of a picture: what is crisp in a rendering is a little off in a painted picture."""
+    count = round(share * len(pixels))
+    random = torch.Generator().manual_seed(key)
+    with torch.no_grad():
+        latents = codec.encode(pixels[:count])
+        level = most_noise * torch.rand(count, 1, 1, 1, generator=random)
+        painted = codec.decode(latents + level * torch.randn(latents.shape, generator=random))
+    return torch.cat([to_pixels(to_images(painted)), pixels[count:]])
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
