@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from judges import load_judge
 from models.generator import load_generator, sample
 from pipeline.config import Config
 from pipeline.progress import quiet_libraries
@@ -63,7 +62,7 @@ def timings(config: Config, images: int, repeats: int) -> list[Timing]:
     """The work of the stages sample, judge, finetune (its reward, and one iteration) on `images` pictures."""
     process_state()
     generator = load_generator(config.generator.checkpoint)
-    judge = load_judge(config.judge.checkpoint)
+    judge = config.judge.build("cpu")
     backbone = config.reward.backbone
     reward = ModelReward(QFormerReward.from_itm(backbone), RewardProcessor.from_pretrained(backbone))
     texts = [row.text for row in config.prompts.held_out(0, images)]

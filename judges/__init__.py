@@ -8,8 +8,10 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "base": ["Answer", "Judge", "Verdict"],
-        "blip2": ["Blip2Judge"],
+        "base": ["Answer", "Comparer", "Judge", "Question", "Sample", "Unavailable", "VQA", "Verdict"],
+        "blip2": ["Blip2VQA", "InstructBlipVQA", "load_blip2"],
         "loading": ["load_judge"],
+        "matching": ["MatchingJudge"],
+        "questions": ["AGGREGATES", "QuestionJudge", "Whole"],
     },
 )

@@ -1,58 +1,81 @@
-"""A BLIP-2 judge: visual question answering on transformers (2301.12597), read as logit margins.
+"""BLIP-2 and InstructBLIP answering questions, on transformers (2301.12597, 2305.06500), read as log-odds.
 
-Image features and query outputs are computed once for each picture, then any number of questions about it are
-batched over them. Questions are padded on the right and the language model is causal, so a margin does not
-depend on its batch-mates. Images are resized and normalised by the checkpoint's own image processor.
+What can be computed once for a picture is: BLIP-2's query outputs, InstructBLIP's image features (its Q-Former reads
+the question). Any number of questions are then batched over it. Questions are padded on the right and masked, so an
+answer does not depend on its batch-mates. Images are resized and normalised by the checkpoint's own image processor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from judges.base import Answer, Verdict
+from judges.base import Answer, Question, Sample, only_image
+from judges.replies import choice_answer, spellings
 
 TEMPLATE = "Question: {} Answer:"
+OPEN_TOKENS = 16
+"""The length of an answer to an open question, in tokens."""
 
 T = TypeVar("T")
 
 
-class Blip2Judge:
-    """Asks about the whole prompt and about each part that `decompose` gives.
+@dataclass(frozen=True)
+class _Reading:
+    """One pass of the language model about picture `image`: `given` is the question, `said` the answer so far.
 
-    A verdict's margin is the smallest of all answers': the picture shows the prompt only if nothing speaks
-    against it. A margin that is not finite makes the verdict invalid.
+    `reads` tells at how many tokens into the answer which token's log-probability belongs to which (choice, spelling).
     """
+
+    image: int
+    place: int
+    text: str
+    given: tuple[int, ...]
+    said: tuple[int, ...]
+    reads: tuple[tuple[int, int, tuple[int, int]], ...]
+
+
+class Blip2VQA:
+    """Answers from a BLIP-2 with a decoder-only (OPT) or an encoder-decoder (T5) language model.
+
+    A choice's probability is that of its tokens after the question, summed over its spellings in lower case and
+    capitalised. One-token choices, yes and no, are all read from one pass. The answer to an open question is written
+    greedily; its margin is the log-odds of the expected text.
+    """
+
+    most_images = 1
 
     def __init__(
         self,
         model: Blip2ForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: BlipImageProcessorPil,
-        whole: Callable[[str], str],
-        decompose: Callable[[str], Sequence[str]] = lambda prompt: (),
         template: str = TEMPLATE,
         id: str = "blip2",
         batch: int = 256,
     ):
-        self.model, self.tokenizer, self.image_processor = (
-            model.eval().requires_grad_(False),
-            tokenizer,
-            image_processor,
-        )
-        self.whole, self.decompose = whole, decompose
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.image_processor = image_processor
         self.template, self.id, self.batch = template, id, batch
-        self._tokens: dict[str, list[int]] = {}
-        yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in (" yes", " no"))
-        self._yes_no = torch.tensor([yes, no])
+        self.seq2seq = not model.config.use_decoder_only_language_model
+        self._tokens: dict[tuple[str, bool], tuple[int, ...]] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **settings) -> "Blip2Judge":
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **settings) -> "Blip2VQA":
         """Load from a local folder or a hub id; `settings` are those of the constructor."""
         return cls(
             Blip2ForConditionalGeneration.from_pretrained(folder).to(device),
@@ -61,59 +84,208 @@ class Blip2Judge:
             **settings,
         )
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Verdict]:
-        asked = [[self.whole(prompt), *self.decompose(prompt)] for prompt in prompts]
-        answers = self.ask(images, asked)
-        return [self._verdict(found) for found in answers]
-
-    def _verdict(self, answers: Sequence[Answer]) -> Verdict:
-        margin = min(answer.margin for answer in answers)
-        valid = bool(np.isfinite([answer.margin for answer in answers]).all())
-        return Verdict(margin if valid else float("nan"), tuple(answers), self.id, self.template, valid)
-
     @torch.inference_mode()
-    def ask(self, images: Sequence[np.ndarray], questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-        """The answers to the questions about each picture, in order."""
-        prefixes = torch.cat([self._prefix(chunk) for chunk in _chunks(images, self.batch)])  # (B, Q, W)
-        flat = [(index, question) for index, asked in enumerate(questions) for question in asked]
-        answers: list[list[Answer]] = [[] for _ in images]
-        for chunk in _chunks(flat, self.batch):
-            index = torch.tensor([i for i, _ in chunk])
-            margins = self._margins(prefixes[index], [question for _, question in chunk])
-            for (i, question), margin in zip(chunk, margins.tolist(), strict=True):
-                answers[i].append(Answer(question, margin))
+    def ask(self, samples: Sequence[Sample], questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
+        """The answers to the questions about each picture, in order. Raises ValueError for a sample of several."""
+        images = [only_image(sample) for sample in samples]
+        answers: list[list[Answer]] = []
+        for start, chunk in _chunks(images, self.batch):
+            features = self._look(self._pixels(chunk))
+            asked = questions[start : start + len(chunk)]
+            found: dict[tuple[int, int], Answer] = {}
+            readings = []
+            for image, several in enumerate(asked):
+                for place, question in enumerate(several):
+                    if problem := self._problem(question):
+                        found[image, place] = Answer.failed(question.text, problem)
+                    elif question.choices:
+                        readings += self._readings(image, place, question)
+                    else:
+                        found[image, place] = self._open(features, image, question)
+            for key, scores in self._read(features, readings).items():
+                found[key] = _choice(asked[key[0]][key[1]], *scores)
+            answers += [[found[i, p] for p in range(len(several))] for i, several in enumerate(asked)]
         return answers
 
-    def _prefix(self, images: Sequence[np.ndarray]) -> Tensor:
-        """What the language model is shown of each picture: (B, Q, W)."""
+    def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         pixels = self.image_processor(list(images), return_tensors="pt").pixel_values
-        return self.model.get_image_features(pixels.to(self.model.device), return_dict=True).pooler_output
+        return pixels.to(self.model.device, self.model.dtype)
 
-    def _margins(self, prefixes: Tensor, questions: Sequence[str]) -> Tensor:
-        """logit P(yes) - logit P(no) after each question: (B,)."""
-        tokens = [self._tokenise(question) for question in questions]
-        lengths = torch.tensor([len(ids) for ids in tokens])
-        ids = torch.full((len(tokens), int(lengths.max())), self.tokenizer.pad_token_id)
-        for row, found in zip(ids, tokens, strict=True):
+    def _look(self, pixels: Tensor) -> Tensor:
+        """What is kept of each picture: (B, Q, W), here what the language model is shown of it."""
+        return self.model.get_image_features(pixels, return_dict=True).pooler_output
+
+    def _prefixes(self, features: Tensor, index: Tensor, texts: Sequence[str]) -> Tensor:
+        """What the language model is shown before each of R questions about picture `index[r]`: (R, Q, W)."""
+        return features[index]
+
+    def _problem(self, question: Question) -> str:
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        length = self.model.config.num_query_tokens + len(self._given(question.text)) + OPEN_TOKENS
+        if limit and length > limit:
+            return f"is {len(self._given(question.text))} tokens long, {length - limit} more than {self.id} can read"
+        return ""
+
+    def _given(self, question: str) -> tuple[int, ...]:
+        return self._ids(self.template.format(question), special=True)
+
+    def _ids(self, text: str, special: bool = False) -> tuple[int, ...]:
+        if (text, special) not in self._tokens:
+            self._tokens[text, special] = tuple(self.tokenizer(text, add_special_tokens=special).input_ids)
+        return self._tokens[text, special]
+
+    def _readings(self, image: int, place: int, question: Question) -> list[_Reading]:
+        reads: dict[tuple[int, ...], list] = defaultdict(list)
+        for number, choice in enumerate(question.choices):
+            for spelling, ids in enumerate(spellings(choice, self._ids, self.tokenizer.unk_token_id)):
+                reads[ids[:-1]] += [(at, token, (number, spelling)) for at, token in enumerate(ids)]
+        given = self._given(question.text)
+        return [_Reading(image, place, question.text, given, said, tuple(r)) for said, r in reads.items()]
+
+    def _read(
+        self, features: Tensor, readings: list[_Reading]
+    ) -> dict[tuple[int, int], tuple[dict[int, float], float]]:
+        """For each question the log-probability of every choice, and the certainty with which it was chosen."""
+        logs: dict[tuple[int, int], dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
+        certainty: dict[tuple[int, int], float] = {}
+        ordered = sorted(readings, key=lambda r: len(r.given) + len(r.said))
+        for _, chunk in _chunks(ordered, self.batch):
+            log_p = self._next_tokens(features, chunk).float().log_softmax(-1)  # (R, A, V), A the longest answer
+            rows = torch.tensor([row for row, r in enumerate(chunk) for _ in r.reads])
+            steps = torch.tensor([step for r in chunk for step, _, _ in r.reads])
+            tokens = torch.tensor([token for r in chunk for _, token, _ in r.reads])
+            values = iter(log_p[rows, steps, tokens].tolist())
+            sure = (-math.log(log_p.shape[-1]) - log_p[:, 0].mean(-1)).tolist()
+            for reading, value in zip(chunk, sure, strict=True):
+                key = reading.image, reading.place
+                certainty[key] = value
+                for _, _, spelled in reading.reads:
+                    logs[key][spelled] += next(values)
+        return {key: (_summed(spelled), certainty[key]) for key, spelled in logs.items()}
+
+    def _next_tokens(self, features: Tensor, readings: Sequence[_Reading]) -> Tensor:
+        """Next-token logits (R, A, V) after the question and 0 to A - 1 tokens of the answer."""
+        index = torch.tensor([r.image for r in readings])
+        prefixes = self._prefixes(features, index, [r.text for r in readings])
+        longest = max(len(r.said) for r in readings) + 1
+        if self.seq2seq:
+            ids, mask = self._padded([r.given for r in readings])
+            start = self.model.language_model.config.decoder_start_token_id
+            said, _ = self._padded([(start, *r.said) for r in readings])
+            return self.model.language_model(
+                inputs_embeds=_embedded(self.model, prefixes, ids),
+                attention_mask=_mask(prefixes, mask),
+                decoder_input_ids=said,
+                use_cache=False,
+            ).logits
+        ids, mask = self._padded([r.given + r.said for r in readings])
+        hidden = language_states(self.model, prefixes, ids, mask)
+        last = torch.tensor([len(r.given) for r in readings], device=hidden.device) + prefixes.shape[1] - 1
+        at = (last[:, None] + torch.arange(longest, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
+        wanted = hidden[torch.arange(len(at), device=hidden.device)[:, None], at]
+        return self.model.language_model.get_output_embeddings()(wanted)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        ids = torch.full((len(sequences), int(lengths.max())), self.tokenizer.pad_token_id)
+        for row, found in zip(ids, sequences, strict=True):
             row[: len(found)] = torch.tensor(found)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        logits = language_logits(self.model, prefixes, ids.to(prefixes.device), mask.to(prefixes.device))
-        last = logits[torch.arange(len(tokens)), prefixes.shape[1] + lengths - 1][:, self._yes_no]
-        return (last[:, 0] - last[:, 1]).float().cpu()
+        return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _tokenise(self, question: str) -> list[int]:
-        if question not in self._tokens:
-            self._tokens[question] = self.tokenizer(self.template.format(question)).input_ids
-        return self._tokens[question]
+    def _open(self, features: Tensor, image: int, question: Question) -> Answer:
+        """Alone: greedy writing is not the same for sequences of other lengths beside it."""
+        given = self._given(question.text)
+        prefixes = self._prefixes(features, torch.tensor([image]), [question.text])
+        ids, mask = self._padded([given])
+        written = self.model.language_model.generate(
+            inputs_embeds=_embedded(self.model, prefixes, ids),
+            attention_mask=_mask(prefixes, mask),
+            max_new_tokens=OPEN_TOKENS,
+            do_sample=False,
+        )
+        text = self.tokenizer.decode(written[0], skip_special_tokens=True).strip()
+        expected = Question(question.text, (question.expected,), question.expected)
+        scores = self._read(features, self._readings(image, 0, expected))[image, 0]
+        return replace(_choice(expected, *scores), text=text)
+
+
+class InstructBlipVQA(Blip2VQA):
+    """Answers from an InstructBLIP, whose Q-Former reads the question as well."""
+
+    def __init__(self, *args, qformer_tokenizer: PreTrainedTokenizerBase, **settings):
+        super().__init__(*args, **settings)
+        self.qformer_tokenizer = qformer_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **settings) -> "InstructBlipVQA":
+        return cls(
+            InstructBlipForConditionalGeneration.from_pretrained(folder).to(device),
+            AutoTokenizer.from_pretrained(folder),
+            BlipImageProcessorPil.from_pretrained(folder),
+            qformer_tokenizer=AutoTokenizer.from_pretrained(folder, subfolder="qformer_tokenizer"),
+            **settings,
+        )
+
+    def _look(self, pixels: Tensor) -> Tensor:
+        return self.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    def _prefixes(self, features: Tensor, index: Tensor, texts: Sequence[str]) -> Tensor:
+        told = self.qformer_tokenizer([self.template.format(t) for t in texts], padding=True, return_tensors="pt")
+        queries = self.model.query_tokens.expand(len(texts), -1, -1)
+        out = self.model.qformer(
+            input_ids=told.input_ids.to(features.device),
+            attention_mask=_mask(queries, told.attention_mask.bool().to(features.device)),
+            query_embeds=queries,
+            encoder_hidden_states=features[index],
+        ).last_hidden_state
+        return self.model.language_projection(out[:, : queries.shape[1]])
+
+
+def load_blip2(folder: str | Path, device: str = "cpu", **settings) -> Blip2VQA:
+    """The VQA of a checkpoint, by its `model_type`. Raises ValueError where it is neither BLIP-2 nor InstructBLIP."""
+    kinds = {"blip-2": Blip2VQA, "instructblip": InstructBlipVQA}
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in kinds:
+        raise ValueError(f"checkpoint: {folder} holds a {config.model_type} model, not one of {', '.join(kinds)}")
+    if config.architectures and not config.architectures[0].endswith("ForConditionalGeneration"):
+        raise ValueError(f"checkpoint: {folder} holds {config.architectures[0]}, which has no language model to ask")
+    return kinds[config.model_type].from_pretrained(folder, device, **settings)
+
+
+def language_states(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (R, Q + L, W) of a decoder-only language model on `prefixes` (R, Q, W), then `ids` (R, L)."""
+    decoder = model.language_model.get_decoder()
+    embedded = _embedded(model, prefixes, ids)
+    return decoder(inputs_embeds=embedded, attention_mask=_mask(prefixes, mask), use_cache=False).last_hidden_state
 
 
 def language_logits(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token logits (B, Q + L, V) of a decoder-only language model on `prefixes` (B, Q, W), then `ids` (B, L)."""
-    embedded = torch.cat([prefixes, model.get_input_embeddings()(ids).to(prefixes.dtype)], 1)
-    seen = torch.cat([torch.ones(prefixes.shape[:2], dtype=mask.dtype, device=mask.device), mask], 1)
-    return model.language_model(inputs_embeds=embedded, attention_mask=seen.long(), use_cache=False).logits
+    """Next-token logits (R, Q + L, V) at every position of `language_states`."""
+    return model.language_model.get_output_embeddings()(language_states(model, prefixes, ids, mask))
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def _embedded(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor) -> Tensor:
+    return torch.cat([prefixes, model.get_input_embeddings()(ids).to(prefixes.dtype)], 1)
+
+
+def _mask(prefixes: Tensor, mask: Tensor) -> Tensor:
+    return torch.cat([mask.new_ones(prefixes.shape[:2]), mask], 1).long()
+
+
+def _summed(spelled: dict[tuple[int, int], float]) -> dict[int, float]:
+    """log P of each choice from those of its spellings."""
+    logs: dict[int, float] = {}
+    for (choice, _), value in spelled.items():
+        logs[choice] = np.logaddexp(logs[choice], value).item() if choice in logs else value
+    return logs
+
+
+def _choice(question: Question, logs: dict[int, float], certainty: float) -> Answer:
+    log_p = np.array([logs[number] for number in range(len(logs))])
+    return replace(choice_answer(question, log_p), certainty=certainty)
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield start, items[start : start + size]

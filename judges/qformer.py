@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from judges.blip2 import language_logits
+from judges.matching import matching_logits
 
 IGNORED = -100
 
@@ -104,19 +105,6 @@ def dense_loss(head: DenseHead, tokens: Tensor, shape: Tensor, colour: Tensor, o
         + F.cross_entropy(colours.flatten(0, 1), colour.flatten())
         + away
     )
-
-
-def matching_logits(model: Blip2ForImageTextRetrieval, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The image-text-matching logits (B, 2) of features (B, 1 + N, W) and texts (B, L), averaged over the queries."""
-    queries = model.query_tokens.expand(len(features), -1, -1)
-    seen = torch.cat([torch.ones(queries.shape[:2], dtype=mask.dtype, device=mask.device), mask], 1)
-    out = model.qformer(
-        query_embeds=model.embeddings(input_ids=ids, query_embeds=queries),
-        query_length=queries.shape[1],
-        attention_mask=seen,
-        encoder_hidden_states=features,
-    ).last_hidden_state
-    return model.itm_head(out[:, : queries.shape[1]]).mean(1)
 
 
 def matching_loss(

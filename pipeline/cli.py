@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from judges.base import Unavailable
 from pipeline.settings import Section, SettingsError, UserError, load
 
 app = typer.Typer(
@@ -40,9 +41,12 @@ _STAGES = {
 
 
 def main() -> None:
-    """Run the command line of this process; a `UserError` becomes one line and exit code 2."""
+    """Run the command line of this process; bad input becomes one line and exit code 2."""
     try:
         app()
+    except Unavailable as error:
+        print(f"{error}; the same command goes on once somebody answers", file=sys.stderr)
+        sys.exit(75)
     except UserError as error:
         # Every process of a launch reads the same settings; the first one tells what is wrong with them.
         if not isinstance(error, SettingsError) or os.environ.get("RANK", "0") == "0":

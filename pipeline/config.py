@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.judging import JudgeConfig
 from pipeline.prompts import PromptSource
 from pipeline.settings import Section
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.finetune import FinetuneConfig
-from pipeline.stages.judge import JudgeConfig
 from pipeline.stages.prefer import PreferConfig
 from pipeline.stages.report import ReportConfig
 from pipeline.stages.reward import RewardConfig

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Interrupted(SystemExit):
-    """A signal asked the run to stop, and it did, resumably: exit code 75.
+    """The run was asked to stop, by a signal or because it cannot go on now, and did, resumably: exit code 75.
 
     Not an `Exception`, so that a stage which handles its errors does not swallow it.
     """
@@ -87,7 +87,7 @@ class StageState:
 
 
 class StopFlag:
-    """Raised by SIGINT, SIGTERM and SIGUSR1 while `listening`."""
+    """Raised by SIGINT, SIGTERM and SIGUSR1 while `listening`, or by a stage that cannot go on now."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -143,11 +143,17 @@ class Context:
         """The run directory that holds the artifacts."""
         return self.artifact.folder.parent
 
+    def ask_to_stop(self, reason: str) -> None:
+        """Make the next `check_stop` of every process stop the run, resumably, and say why."""
+        self.event("stopped", reason=reason)
+        self.progress.say(reason)
+        self.stop.raised = True
+
     def check_stop(self) -> None:
         """Call where the stage could go on later; with several processes all must call it equally often.
 
         Raises:
-            Interrupted: a signal was seen by any process.
+            Interrupted: a signal was seen by any process, or one asked to stop.
         """
         stop = self.stop.raised
         if self.accelerator.num_processes > 1:

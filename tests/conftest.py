@@ -110,7 +110,12 @@ def _tiny(name: str, folder: Path, generator: Path, judge: Path) -> dict:
         "prompts": {"type": "shapes"},
         "generator": {"checkpoint": str(generator)},
         "sample": {"prompts": 18, "images_per_prompt": 3, "foreign": 1, "steps": 2, "shard": 20},
-        "judge": {"checkpoint": str(judge / "vqa"), "shard": 20},
+        "judge": {
+            "type": "questions",
+            "model": {"type": "blip2", "checkpoint": str(judge / "vqa")},
+            "questions": {"type": "shapes"},
+            "shard": 20,
+        },
         "prefer": {"min_gap": 0.0, "heldout": 0.3},
         "reward": {"backbone": str(judge / "itm"), "epochs": 2, "batch": 8, "learning_rate": 1e-3, "save_steps": 2},
         "finetune": {

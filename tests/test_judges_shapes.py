@@ -20,7 +20,7 @@ from judges.shapes.grammar import (
 )
 from judges.shapes.lessons import answering_batch, matching_batch, retell
 from judges.shapes.oracle import follows, read
-from judges.shapes.questions import Question, decompose, describe, question_vocabulary, questions, whole
+from judges.shapes.questions import Query, decompose, describe, queries, question_vocabulary
 from judges.shapes.render import SIZE, Item, render, scene_of
 
 
@@ -103,15 +103,19 @@ def test_decomposed_questions_are_all_true_of_the_right_picture_and_one_is_false
     prompts, scenes, _ = drawn
     rng = random.Random(3)
     for prompt, scene in zip(prompts[:300], scenes, strict=False):
-        assert all(q.answer(scene) for q in questions(prompt))
+        assert all(query.answer(scene) for query in queries(prompt))
         changed = change_one(prompt, rng)
-        assert not all(q.answer(scene) for q in questions(changed))
-        assert Question("shows", prompt).answer(scene)
+        whole, *parts = queries(changed)
+        assert not whole.answer(scene)
+        assert not all(query.answer(scene) for query in parts)
 
 
 def test_questions_are_plain_words_of_the_vocabulary():
     words = {*vocabulary(), *question_vocabulary()}
-    assert decompose("a red ring above a blue cross") == [
+    asked = decompose("a red ring above a blue cross")
+    assert asked[3].parents == (1, 2)
+    assert [question.text for question in asked] == [
+        "does this figure show a red ring above a blue cross?",
         "is there a red ring?",
         "is there a blue cross?",
         "is the red ring above the blue cross?",
@@ -119,13 +123,13 @@ def test_questions_are_plain_words_of_the_vocabulary():
     ]
     for skill in SKILLS:
         for prompt in all_prompts(skill)[:20]:
-            for text in [whole(prompt.text), *decompose(prompt.text)]:
-                assert set(text.replace("?", " ?").split()) <= words
+            for question in decompose(prompt.text):
+                assert set(question.text.replace("?", " ?").split()) <= words
 
 
 def test_no_question_is_true_of_an_object_beyond_recognition():
     unknown = [Item("ring", None, 8, 8, 5)]
-    assert not Question("exists", Prompt((Thing("ring"),))).answer(unknown)
+    assert not Query("exists", Prompt((Thing("ring"),))).answer(unknown)
     assert not holds(Prompt((Thing("ring"),)), unknown)
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from judges.base import Question
 from judges.shapes.grammar import COLOURS, NUMBERS, RELATIONS, SHAPES, Object, Prompt, Thing, holds, parse, relation
 
 _WORDS = {1: "one", **{number: word for word, number in NUMBERS.items()}}
@@ -15,7 +16,7 @@ CELLS = 8  # a description gives positions on a CELLS x CELLS grid
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """A yes/no question. `kind` is shows, exists, total, count or relation; `prompt` says of what."""
 
     kind: str
@@ -26,7 +27,7 @@ class Question:
         things, count = self.prompt.things, self.prompt.count
         match self.kind:
             case "shows":
-                return whole(self.prompt.text)
+                return f"does this figure show {self.prompt.text}?"
             case "exists":
                 return f"is there {things[0].phrase}?"
             case "count":
@@ -53,23 +54,19 @@ class Question:
         return len(objects) == len(self.prompt.objects)
 
 
-def whole(text: str) -> str:
-    """The question about the whole prompt (VQAScore, 2404.01291, section 3)."""
-    return f"does this figure show {text}?"
-
-
-def questions(prompt: Prompt) -> tuple[Question, ...]:
-    """The parts of a prompt that must all hold; the whole prompt is not among them."""
-    total = Question("total", prompt)
+def queries(prompt: Prompt) -> tuple[Query, ...]:
+    """The whole of a prompt, then its parts, which must all hold."""
+    total = Query("total", prompt)
     if prompt.count > 1:
-        return Question("count", prompt), total
-    exists = tuple(Question("exists", Prompt((thing,))) for thing in prompt.things)
-    return exists + ((Question("relation", prompt),) if prompt.relation else ()) + (total,)
+        return Query("shows", prompt), Query("count", prompt), total
+    exists = tuple(Query("exists", Prompt((thing,))) for thing in prompt.things)
+    related = (Query("relation", prompt),) if prompt.relation else ()
+    return Query("shows", prompt), *exists, *related, total
 
 
-def decompose(text: str) -> list[str]:
-    """The texts of `questions`. Raises ValueError for a prompt outside the grammar."""
-    return [question.text for question in questions(parse(text))]
+def decompose(text: str) -> list[Question]:
+    """The questions of `queries`; a relation depends on both of its objects. ValueError outside the grammar."""
+    return [Question(q.text, parents=(1, 2) if q.kind == "relation" else ()) for q in queries(parse(text))]
 
 
 def describe(objects: Sequence[Object], size: int) -> str:
@@ -91,8 +88,8 @@ def ask(
 ) -> list[tuple[str, bool]]:
     """`count` questions with their answers: on the whole of `prompt` or of its change, on their parts, and on what
     there is in the picture whatever the prompt."""
-    whole_ones = [Question("shows", prompt), Question("shows", changed)]
-    parts = [*questions(prompt), *questions(changed)]
+    whole_ones = [Query("shows", prompt), Query("shows", changed)]
+    parts = [*queries(prompt)[1:], *queries(changed)[1:]]
     drawn = []
     for kind in rng.choices(["whole", "parts", "seen"], [0.3, 0.2, 0.5], k=count):
         fallback = whole_ones if kind == "whole" else parts
@@ -100,7 +97,7 @@ def ask(
     return [(question.text, question.answer(objects)) for question in drawn]
 
 
-def _about(objects: Sequence[Object], rng: random.Random) -> Question | None:
+def _about(objects: Sequence[Object], rng: random.Random) -> Query | None:
     """A question on what there is, how many, or how it stands, about as often false as true; None where none fits."""
     seen = [o for o in objects if o.shape and o.colour]
     kind = rng.choices(["exists", "total", "relation"], [0.2, 0.15, 0.65])[0]
@@ -108,16 +105,16 @@ def _about(objects: Sequence[Object], rng: random.Random) -> Question | None:
         return _total(len(objects), rng)
     if kind == "relation":
         return _related(seen, rng)
-    return Question("exists", Prompt((_like(rng.choice(seen), rng),))) if seen else None
+    return Query("exists", Prompt((_like(rng.choice(seen), rng),))) if seen else None
 
 
-def _total(count: int, rng: random.Random) -> Question:
+def _total(count: int, rng: random.Random) -> Query:
     right = count in _WORDS and rng.random() < 0.5
     wrong = sorted((n for n in _WORDS if n != count), key=lambda n: abs(n - count))[:2]
-    return Question("total", Prompt((Thing(SHAPES[0]),), count if right else rng.choice(wrong)))
+    return Query("total", Prompt((Thing(SHAPES[0]),), count if right else rng.choice(wrong)))
 
 
-def _related(seen: Sequence[Object], rng: random.Random) -> Question | None:
+def _related(seen: Sequence[Object], rng: random.Random) -> Query | None:
     """How two of the objects stand to each other, in words of the `train` split."""
     if len(seen) < 2:
         return None
@@ -127,7 +124,7 @@ def _related(seen: Sequence[Object], rng: random.Random) -> Question | None:
     true = relation((a.x, a.y), (b.x, b.y))
     told = true if rng.random() < 0.5 else rng.choice([r for r in RELATIONS if r != true])
     prompt = Prompt(things, 1, told)
-    return Question("relation", prompt) if things[0] != things[1] and prompt.split == "train" else None
+    return Query("relation", prompt) if things[0] != things[1] and prompt.split == "train" else None
 
 
 def _like(seen: Object, rng: random.Random) -> Thing:

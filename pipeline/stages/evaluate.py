@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-import judges
 import models
 import rewards
 from judges.shapes.oracle import gold
@@ -102,7 +101,7 @@ def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str]) -> 
 def _run(context: Context) -> None:
     config = context.config
     device = str(context.accelerator.device)
-    judge = judges.load_judge(config.judge.checkpoint, device)
+    judge = config.judge.build(device)
     reward = rewards.load_reward(context.inputs["reward"].folder / "model", device)
     generators = {
         "base": models.load_generator(config.generator.checkpoint, device=device),
@@ -112,29 +111,33 @@ def _run(context: Context) -> None:
     }
     settings: EvaluateConfig = config.evaluate
     prompts = config.prompts.held_out(draw_key(config.seed, "evaluate"), settings.images)
-    wanted = [(model, k) for model in MODELS for k in range(len(prompts))]
-    with context.progress.track(len(wanted), "images", "evaluate") as advance:
-        for name, part in shards(context, wanted, settings.shard):
-            rows = []
-            for model in dict.fromkeys(m for m, _ in part):
-                numbers = [k for m, k in part if m == model]
-                texts = [prompts[k].text for k in numbers]
-                keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in numbers]
-                images = list(
-                    models.sample(generators[model], texts, keys, settings.steps, settings.shift, settings.batch)
+    with context.progress.track(len(MODELS) * len(prompts), "images", "evaluate") as advance:
+        for name, part in shards(context, range(len(prompts)), max(1, settings.shard // len(MODELS))):
+            keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in part]
+            texts = [prompts[k].text for k in part]
+            images = [
+                image
+                for model in MODELS
+                for image in models.sample(
+                    generators[model], texts, keys, settings.steps, settings.shift, settings.batch
                 )
-                verdicts, rated = judge.score(images, texts), reward(images, texts)
-                found = zip(numbers, images, verdicts, rated.values, _gold(config, images, texts), strict=True)
-                for k, image, verdict, value, right in found:
-                    seen = {
-                        "judge": verdict.margin,
-                        "judge_value": verdict.value,
-                        "judge_valid": verdict.valid,
-                        "reward": float(value),
-                        "gold": right,
-                    }
-                    named = {"model": model, **columns(prompts[k]), "sample": k}
-                    rows.append({**named, "image": Image.fromarray(image), **seen})
+            ]
+            # Both models' images in one call: a judge that compares compares them with one another.
+            shown = [(model, k) for model in MODELS for k in part]
+            texts = texts * len(MODELS)
+            verdicts, rated = judge.score(images, texts), reward(images, texts)
+            found = zip(shown, images, verdicts, rated.values, _gold(config, images, texts), strict=True)
+            rows = []
+            for (model, k), image, verdict, value, right in found:
+                seen = {
+                    "judge": verdict.margin,
+                    "judge_value": verdict.value,
+                    "judge_valid": verdict.valid,
+                    "reward": float(value),
+                    "gold": right,
+                }
+                named = {"model": model, **columns(prompts[k]), "sample": k}
+                rows.append({**named, "image": Image.fromarray(image), **seen})
             write_rows(context.artifact, name, rows, FEATURES)
             advance(len(rows))
     context.accelerator.wait_for_everyone()

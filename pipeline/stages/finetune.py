@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, model_validator
 
-import judges
 import models
 import rewards
 from pipeline.compiling import compile_module
@@ -110,7 +109,7 @@ def _reward(context: Context) -> "rewards.Reward":
                 compile_module(part, context.accelerator.device)
         return reward
     if kind == "judge":
-        return rewards.JudgeReward(judges.load_judge(context.config.judge.checkpoint, device))
+        return rewards.JudgeReward(context.config.judge.build(device))
     return rewards.GoldReward()
 
 

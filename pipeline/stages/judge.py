@@ -1,17 +1,16 @@
 """The stage `judge`: a verdict on every sampled picture, evidence included."""
 
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import datasets
 import numpy as np
-from pydantic import Field
 
-import judges
+from judges.base import Judge, Unavailable, Verdict
 from pipeline.runner import Context, Stage, Work
-from pipeline.settings import Section
 from pipeline.stages.sample import shards
-from pipeline.store import hash_path, read_rows, write_rows
+from pipeline.store import read_rows, write_rows
 
 JUDGE_SECONDS = 6e-3
 """One picture and its questions for the embedded judge, on the reference machine."""
@@ -25,38 +24,26 @@ FEATURES = datasets.Features(
         "margin": datasets.Value("float32"),
         "value": datasets.Value("float32"),
         "valid": datasets.Value("bool"),
+        "reason": datasets.Value("string"),
+        "certainty": datasets.Value("float32"),
         "judge": datasets.Value("string"),
         "template": datasets.Value("string"),
         "evidence": datasets.List(
             {
                 "question": datasets.Value("string"),
+                "answer": datasets.Value("string"),
                 "margin": datasets.Value("float32"),
                 "probability": datasets.Value("float32"),
+                "certainty": datasets.Value("float32"),
+                "error": datasets.Value("string"),
             }
         ),
     }
 )
 
 
-class JudgeConfig(Section):
-    """Which judge: a local folder or a hub id of a BLIP-2."""
-
-    checkpoint: str
-    shard: int = Field(256, ge=1)
-
-    def depends(self) -> dict[str, Any]:
-        """The contents of a local checkpoint, or the name of one on the hub."""
-        local = Path(self.checkpoint).exists() or not is_hub_id(self.checkpoint)
-        return {"checkpoint": hash_path(self.checkpoint) if local else self.checkpoint}
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form `owner/name` of a hub repository, rather than that of a path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def _depends(config: Any) -> dict[str, Any]:
-    return {"version": 1, **config.judge.depends()}
+    return {"version": 2, **config.judge.depends()}
 
 
 def _work(config: Any) -> Work:
@@ -64,33 +51,60 @@ def _work(config: Any) -> Work:
     return Work(images, images * JUDGE_SECONDS)
 
 
+def columns_of(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as a row of `FEATURES`, without the columns that name the picture."""
+    evidence = [
+        {
+            "question": a.question,
+            "answer": a.text,
+            "margin": a.margin,
+            "probability": a.probability,
+            "certainty": a.certainty,
+            "error": a.error,
+        }
+        for a in verdict.evidence
+    ]
+    told = {name: getattr(verdict, name) for name in ("margin", "value", "valid", "reason", "certainty")}
+    return {**told, "judge": verdict.judge, "template": verdict.template, "evidence": evidence}
+
+
 def _run(context: Context) -> None:
     config = context.config
     pictures = read_rows(context.inputs["sample"])
-    judge = judges.load_judge(config.judge.checkpoint, str(context.accelerator.device))
+    judge = config.judge.build(str(context.accelerator.device))
+    groups = [[place for place, _ in rows] for _, rows in groupby(enumerate(pictures["prompt_id"]), lambda row: row[1])]
     with context.progress.track(len(pictures), "images", "judge") as advance:
-        for name, part in shards(context, range(len(pictures)), config.judge.shard):
-            rows = pictures.select(part)
-            verdicts = judge.score([np.asarray(image) for image in rows["image"]], rows["prompt"])
-            kept = rows.select_columns(["prompt_id", "prompt", "skill", "sample"])
-            judged = []
-            for row, verdict in zip(kept, verdicts, strict=True):
-                evidence = [
-                    {"question": a.question, "margin": a.margin, "probability": a.probability} for a in verdict.evidence
-                ]
-                judged.append(
-                    {
-                        **row,
-                        "margin": verdict.margin,
-                        "value": verdict.value,
-                        "valid": verdict.valid,
-                        "judge": verdict.judge,
-                        "template": verdict.template,
-                        "evidence": evidence,
-                    }
-                )
-            write_rows(context.artifact, name, judged, FEATURES)
-            advance(len(judged))
+        for name, part in shards(context, groups, max(1, config.judge.shard // len(groups[0]))):
+            rows = pictures.select([place for group in part for place in group])
+            verdicts = _scored(context, judge, [np.asarray(image) for image in rows["image"]], rows["prompt"])
+            if verdicts:
+                kept = rows.select_columns(["prompt_id", "prompt", "skill", "sample"])
+                judged = [{**row, **columns_of(verdict)} for row, verdict in zip(kept, verdicts, strict=True)]
+                write_rows(context.artifact, name, judged, FEATURES)
+                advance(len(judged))
+    context.check_stop()
+
+
+def _scored(
+    context: Context, judge: Judge, images: Sequence[np.ndarray], prompts: Sequence[str]
+) -> list[Verdict] | None:
+    """The verdicts, or None where too many are missing: what a judge fails at is no random sample of what it sees.
+
+    The run then stops before the next shard and can go on later, when the judge does.
+    """
+    try:
+        verdicts = judge.score(images, prompts)
+    except Unavailable as error:
+        context.ask_to_stop(f"judge: {error}")
+        return None
+    missing = [verdict for verdict in verdicts if not verdict.valid]
+    if len(missing) > context.config.judge.max_invalid * len(verdicts):
+        context.ask_to_stop(
+            f"judge: {len(missing)} of {len(verdicts)} pictures have no verdict, above judge.max_invalid; "
+            f"the first: {missing[0].reason}"
+        )
+        return None
+    return verdicts
 
 
 JUDGE = Stage("judge", ("sample",), _depends, _work, _run)

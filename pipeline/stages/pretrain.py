@@ -23,22 +23,23 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from judges.blip2 import TEMPLATE, Blip2Judge
+from judges.base import Question
+from judges.blip2 import TEMPLATE, Blip2VQA
+from judges.matching import matching_logits
 from judges.qformer import (
     DenseHead,
     answering_loss,
     dense_loss,
     inherit,
-    matching_logits,
     matching_loss,
     sequences,
     small_config,
 )
 from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, Example, clean, patch_targets
-from judges.shapes.grammar import SKILLS, Prompt, change_one, holds, sample_prompt, vocabulary
+from judges.shapes.grammar import SKILLS, Prompt, change_one, sample_prompt, vocabulary
 from judges.shapes.lessons import answering_batch, matching_batch, vision_examples
 from judges.shapes.oracle import gold
-from judges.shapes.questions import decompose, question_vocabulary, questions, whole
+from judges.shapes.questions import queries, question_vocabulary
 from judges.shapes.render import SIZE, Scene, render, scene_of
 from models.codec import Codec, codec_loss, to_images, to_pixels
 from models.generator import NativeGenerator, sample
@@ -345,19 +346,18 @@ def _padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tenso
 
 def judge_quality(folder: Path, pictures: int = 1000) -> dict:
     """Share of right answers on renderings of held-out prompts, each asked about its own and a changed prompt."""
-    judge = Blip2Judge.from_pretrained(folder / "vqa", whole=whole, decompose=decompose)
+    vqa = Blip2VQA.from_pretrained(folder / "vqa")
     matcher = Blip2ForImageTextRetrieval.from_pretrained(folder / "itm").eval()
     rng = random.Random(0)
     told = [sample_prompt(rng, "eval") for _ in range(pictures)]
     examples = [clean(scene_of(prompt, rng)) for prompt in told]
     told = [prompt if rng.random() < 0.5 else change_one(prompt, rng) for prompt in told]
     images = [example.image for example in examples]
-    asked = [[whole(prompt.text), *(q.text for q in questions(prompt))] for prompt in told]
+    asked = [queries(prompt) for prompt in told]
     truths = [
-        [holds(prompt, example.objects), *(q.answer(example.objects) for q in questions(prompt))]
-        for prompt, example in zip(told, examples, strict=True)
+        [query.answer(example.objects) for query in found] for found, example in zip(asked, examples, strict=True)
     ]
-    answers = judge.ask(images, asked)
+    answers = vqa.ask(images, [[Question(query.text) for query in found] for found in asked])
     right = [[(a.margin > 0) == t for a, t in zip(*row, strict=True)] for row in zip(answers, truths, strict=True)]
     verdicts = [(min(a.margin for a in found) > 0) == truth[0] for found, truth in zip(answers, truths, strict=True)]
     ids, mask = _padded(AutoTokenizer.from_pretrained(folder / "itm"), [prompt.text for prompt in told])

@@ -1,0 +1,128 @@
+"""Who judges in a run: settings of the models that look, of what they are asked, and of judges made of both.
+
+`judge.type` picks the kind of judge, `judge.model.type` who answers. What a setting cannot change in a verdict (where a
+server is, how many calls are in flight) is left out of the fingerprint.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+import judges
+from judges.shapes import questions as shapes
+from pipeline.settings import Section
+from pipeline.store import fingerprint, hash_path
+
+if TYPE_CHECKING:
+    from judges.base import VQA, Judge
+    from judges.questions import Decompose
+
+TEMPLATE = "Question: {} Answer:"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form `owner/name` of a hub repository, rather than that of a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def checkpoint_id(checkpoint: str) -> str:
+    """The contents of a local checkpoint, or the name of one on the hub."""
+    return checkpoint if is_hub_id(checkpoint) and not Path(checkpoint).exists() else hash_path(checkpoint)
+
+
+class Blip2Model(Section):
+    """A BLIP-2 or InstructBLIP: a local folder or a hub id. `template` holds `{}` where the question goes."""
+
+    type: Literal["blip2"]
+    checkpoint: str
+    template: str = TEMPLATE
+    batch: int = Field(256, ge=1)
+
+    def depends(self) -> dict[str, Any]:
+        return {"type": self.type, "checkpoint": checkpoint_id(self.checkpoint), "template": self.template}
+
+    def build(self, device: str) -> "VQA":
+        name = f"blip2({fingerprint(self.depends())[:12]})"
+        return judges.load_blip2(self.checkpoint, device, template=self.template, batch=self.batch, id=name)
+
+
+Model = Blip2Model
+
+
+class WholeQuestions(Section):
+    """The whole prompt in one question for each template, with `{prompt}` where it goes (VQAScore)."""
+
+    type: Literal["whole"]
+    templates: tuple[str, ...] = ('Does this figure show "{prompt}"?',)
+
+    def depends(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def build(self) -> "Decompose":
+        return judges.Whole(self.templates)
+
+
+class GrammarQuestions(Section):
+    """A prompt taken apart by the grammar of the embedded world."""
+
+    type: Literal["shapes"]
+
+    def depends(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def build(self) -> "Decompose":
+        return shapes.decompose
+
+
+Questions = Annotated[WholeQuestions | GrammarQuestions, Field(discriminator="type")]
+
+
+class Judging(Section):
+    """What every judge of a run has.
+
+    Attributes:
+        max_invalid: the largest share of a shard's pictures that may stay without a verdict.
+        shard: pictures written together.
+    """
+
+    max_invalid: float = Field(0.05, ge=0, le=1)
+    shard: int = Field(256, ge=1)
+
+
+class QuestionsJudge(Judging):
+    """Asks `questions` about a prompt, whose answers `aggregate` weighs (see `judges.questions`)."""
+
+    type: Literal["questions"]
+    model: Model
+    questions: Questions
+    aggregate: Literal["weakest", "mean_margin", "accuracy", "dsg", "product", "soft_tifa"] = "weakest"
+
+    def depends(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "aggregate": self.aggregate,
+            "model": self.model.depends(),
+            "questions": self.questions.depends(),
+        }
+
+    def build(self, device: str) -> "Judge":
+        aggregate = judges.AGGREGATES[self.aggregate]
+        return judges.QuestionJudge(self.model.build(device), self.questions.build(), aggregate, self.questions.type)
+
+
+class MatchingJudge(Judging):
+    """Image-text matching or contrast by a BLIP-2 that has no language model."""
+
+    type: Literal["matching"]
+    checkpoint: str
+    head: Literal["itm", "itc"] = "itm"
+
+    def depends(self) -> dict[str, Any]:
+        return {"type": self.type, "head": self.head, "checkpoint": checkpoint_id(self.checkpoint)}
+
+    def build(self, device: str) -> "Judge":
+        return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head)
+
+
+JudgeConfig = Annotated[QuestionsJudge | MatchingJudge, Field(discriminator="type")]
