@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "base": ["Answer", "Comparer", "Judge", "Question", "Sample", "Unavailable", "VQA", "Verdict"],
         "blip2": ["Blip2VQA", "InstructBlipVQA", "load_blip2"],
+        "cache": ["CachedVQA"],
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],
         "questions": ["AGGREGATES", "QuestionJudge", "Whole"],

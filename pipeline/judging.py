@@ -82,12 +82,18 @@ class Judging(Section):
     """What every judge of a run has.
 
     Attributes:
+        cache: an SQLite file that keeps answers; null to ask again each time.
         max_invalid: the largest share of a shard's pictures that may stay without a verdict.
         shard: pictures written together.
     """
 
+    cache: str | None = None
     max_invalid: float = Field(0.05, ge=0, le=1)
     shard: int = Field(256, ge=1)
+
+    def _seen(self, model: Model, device: str) -> "VQA":
+        found = model.build(device)
+        return judges.CachedVQA(found, self.cache) if self.cache else found
 
 
 class QuestionsJudge(Judging):
@@ -108,7 +114,9 @@ class QuestionsJudge(Judging):
 
     def build(self, device: str) -> "Judge":
         aggregate = judges.AGGREGATES[self.aggregate]
-        return judges.QuestionJudge(self.model.build(device), self.questions.build(), aggregate, self.questions.type)
+        return judges.QuestionJudge(
+            self._seen(self.model, device), self.questions.build(), aggregate, self.questions.type
+        )
 
 
 class MatchingJudge(Judging):
