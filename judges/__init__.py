@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],
         "questions": ["AGGREGATES", "QuestionJudge", "Whole"],
+        "server": ["ServerVQA"],
     },
 )

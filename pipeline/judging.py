@@ -47,7 +47,27 @@ class Blip2Model(Section):
         return judges.load_blip2(self.checkpoint, device, template=self.template, batch=self.batch, id=name)
 
 
-Model = Blip2Model
+class ServerModel(Section):
+    """A chat model behind OpenAI-compatible servers; see `judges.server.ServerVQA` for the fields."""
+
+    type: Literal["server"]
+    urls: tuple[str, ...] = Field(min_length=1)
+    model: str
+    api_key_env: str = ""
+    reasoning: int = Field(0, ge=0)
+    clamp: tuple[float, float] | None = None
+    most_images: int = Field(8, ge=1)
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    concurrency: int = Field(16, ge=1)
+
+    def depends(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"urls", "api_key_env", "concurrency"})
+
+    def build(self, device: str) -> "VQA":
+        return judges.ServerVQA(**self.model_dump(exclude={"type"}))
+
+
+Model = Annotated[Blip2Model | ServerModel, Field(discriminator="type")]
 
 
 class WholeQuestions(Section):
