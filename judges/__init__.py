@@ -11,9 +11,11 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "base": ["Answer", "Comparer", "Judge", "Question", "Sample", "Unavailable", "VQA", "Verdict"],
         "blip2": ["Blip2VQA", "InstructBlipVQA", "load_blip2"],
         "cache": ["CachedVQA"],
+        "chat": ["ChatVQA"],
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],
         "questions": ["AGGREGATES", "QuestionJudge", "Whole"],
         "server": ["ServerVQA"],
+        "vllm_engine": ["load_vllm"],
     },
 )

@@ -67,7 +67,35 @@ class ServerModel(Section):
         return judges.ServerVQA(**self.model_dump(exclude={"type"}))
 
 
-Model = Annotated[Blip2Model | ServerModel, Field(discriminator="type")]
+class ChatModel(Section):
+    """A chat VLM in this process, by transformers or by vLLM: a local folder or a hub id.
+
+    Attributes:
+        reasoning: tokens of thought before an answer; `clamp` bounds the probabilities that follow it.
+        engine: more settings of `vllm.LLM`.
+    """
+
+    type: Literal["chat", "vllm"]
+    checkpoint: str
+    reasoning: int = Field(0, ge=0)
+    clamp: tuple[float, float] | None = None
+    most_images: int = Field(8, ge=1)
+    batch: int = Field(8, ge=1)
+    engine: dict[str, Any] = Field(default_factory=dict)
+
+    def depends(self) -> dict[str, Any]:
+        settings = self.model_dump(mode="json", exclude={"batch", "engine", "checkpoint"})
+        return {**settings, "checkpoint": checkpoint_id(self.checkpoint)}
+
+    def build(self, device: str) -> "VQA":
+        asking = self.model_dump(include={"reasoning", "clamp", "most_images", "batch"})
+        name = f"{self.type}({fingerprint(self.depends())[:12]})"
+        if self.type == "vllm":
+            return judges.load_vllm(self.checkpoint, self.engine, id=name, **asking)
+        return judges.ChatVQA.from_pretrained(self.checkpoint, device, id=name, **asking)
+
+
+Model = Annotated[Blip2Model | ChatModel | ServerModel, Field(discriminator="type")]
 
 
 class WholeQuestions(Section):
