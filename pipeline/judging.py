@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 import judges
+from judges import geneval
 from judges.shapes import questions as shapes
 from pipeline.settings import Section
 from pipeline.store import fingerprint, hash_path
@@ -112,18 +113,31 @@ class WholeQuestions(Section):
 
 
 class GrammarQuestions(Section):
-    """A prompt taken apart by the grammar of the embedded world."""
+    """A prompt taken apart by the grammar of the embedded world, or of GenEval."""
 
-    type: Literal["shapes"]
+    type: Literal["shapes", "geneval"]
 
     def depends(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
     def build(self) -> "Decompose":
-        return shapes.decompose
+        return {"shapes": shapes.decompose, "geneval": geneval.decompose}[self.type]
 
 
-Questions = Annotated[WholeQuestions | GrammarQuestions, Field(discriminator="type")]
+class FileQuestions(Section):
+    """A JSONL file of prompts and their questions, which a person may write and edit."""
+
+    type: Literal["file"]
+    path: str
+
+    def depends(self) -> dict[str, Any]:
+        return {"type": self.type, "path": hash_path(self.path)}
+
+    def build(self) -> "Decompose":
+        return judges.QuestionFile(self.path)
+
+
+Questions = Annotated[WholeQuestions | GrammarQuestions | FileQuestions, Field(discriminator="type")]
 
 
 class Judging(Section):
