@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "blip2": ["Blip2VQA", "InstructBlipVQA", "load_blip2"],
         "cache": ["CachedVQA"],
         "chat": ["ChatVQA"],
+        "constitution": ["Constitution", "Principle"],
         "decompose": ["LLMDecompose", "QuestionFile"],
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],

@@ -12,7 +12,7 @@ from pydantic import Field
 import judges
 from judges import geneval
 from judges.shapes import questions as shapes
-from pipeline.settings import Section
+from pipeline.settings import Section, UserError
 from pipeline.store import fingerprint, hash_path
 
 if TYPE_CHECKING:
@@ -181,6 +181,34 @@ class QuestionsJudge(Judging):
         )
 
 
+class ConstitutionJudge(Judging):
+    """Holds samples against weighted principles: a shipped constitution's name, or a YAML file."""
+
+    type: Literal["constitution"]
+    model: Model
+    principles: str
+    mode: Literal["all", "drawn"] = "all"
+    count: int = Field(1, ge=1)
+    seed: int = 0
+    aggregate: Literal["mean_margin", "weakest"] = "mean_margin"
+
+    def depends(self) -> dict[str, Any]:
+        told = [vars(principle) for principle in self._constitution().principles]
+        settings = self.model_dump(mode="json", include={"type", "mode", "count", "seed", "aggregate"})
+        return {**settings, "model": self.model.depends(), "principles": told}
+
+    def build(self, device: str) -> "Judge":
+        name = f"constitution-{fingerprint(self.depends())[:12]}"
+        aggregate = judges.AGGREGATES[self.aggregate]
+        return judges.QuestionJudge(self._seen(self.model, device), self._constitution(), aggregate, name)
+
+    def _constitution(self) -> "judges.Constitution":
+        try:
+            return judges.Constitution.load(self.principles, self.mode, self.count, self.seed)
+        except ValueError as error:
+            raise UserError(f"judge.principles: {error}") from None
+
+
 class MatchingJudge(Judging):
     """Image-text matching or contrast by a BLIP-2 that has no language model."""
 
@@ -195,4 +223,4 @@ class MatchingJudge(Judging):
         return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head)
 
 
-JudgeConfig = Annotated[QuestionsJudge | MatchingJudge, Field(discriminator="type")]
+JudgeConfig = Annotated[QuestionsJudge | ConstitutionJudge | MatchingJudge, Field(discriminator="type")]
