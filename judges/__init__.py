@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "decompose": ["LLMDecompose", "QuestionFile"],
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],
+        "pairwise": ["GroupJudge", "PairwiseJudge", "ScoreComparer"],
         "questions": ["AGGREGATES", "QuestionJudge", "Whole"],
         "server": ["ServerVQA"],
         "vllm_engine": ["load_vllm"],

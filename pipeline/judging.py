@@ -209,6 +209,39 @@ class ConstitutionJudge(Judging):
             raise UserError(f"judge.principles: {error}") from None
 
 
+class PairwiseJudge(Judging):
+    """Compares the siblings of a prompt with one another, and scores them by Bradley-Terry strengths.
+
+    A model of two images sees both, in both orders. One of a single image compares by its answers to `questions`, at a
+    `temperature` (see `judges.pairwise`).
+
+    Attributes:
+        rounds: every image meets twice as many others.
+        principles: a constitution to compare by, one drawn for each prompt; null to ask which shows the prompt better.
+    """
+
+    type: Literal["pairwise"]
+    model: Model
+    questions: Questions = WholeQuestions(type="whole")
+    principles: str | None = None
+    rounds: int = Field(2, ge=1)
+    temperature: float = Field(1.0, gt=0)
+
+    def depends(self) -> dict[str, Any]:
+        settings = self.model_dump(mode="json", include={"type", "principles", "rounds", "temperature"})
+        return {**settings, "model": self.model.depends(), "questions": self.questions.depends()}
+
+    def build(self, device: str) -> "Judge":
+        seen = self._seen(self.model, device)
+        if seen.most_images > 1:
+            wording = judges.Constitution.load(self.principles, "drawn").wordings if self.principles else None
+            comparer = judges.PairwiseJudge(seen, wording)
+        else:
+            scorer = judges.QuestionJudge(seen, self.questions.build(), name=self.questions.type)
+            comparer = judges.ScoreComparer(scorer, self.temperature)
+        return judges.GroupJudge(comparer, self.rounds)
+
+
 class MatchingJudge(Judging):
     """Image-text matching or contrast by a BLIP-2 that has no language model."""
 
@@ -223,4 +256,4 @@ class MatchingJudge(Judging):
         return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head)
 
 
-JudgeConfig = Annotated[QuestionsJudge | ConstitutionJudge | MatchingJudge, Field(discriminator="type")]
+JudgeConfig = Annotated[QuestionsJudge | ConstitutionJudge | PairwiseJudge | MatchingJudge, Field(discriminator="type")]
