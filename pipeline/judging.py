@@ -256,4 +256,39 @@ class MatchingJudge(Judging):
         return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head)
 
 
-JudgeConfig = Annotated[QuestionsJudge | ConstitutionJudge | PairwiseJudge | MatchingJudge, Field(discriminator="type")]
+class ClipJudge(Judging):
+    """CLIPScore, or a preference model of CLIP's form (PickScore); see `judges.scorers.ClipJudge`."""
+
+    type: Literal["clip"]
+    checkpoint: str
+    kind: Literal["clipscore", "preference"] = "clipscore"
+    processor: str | None = None
+
+    def depends(self) -> dict[str, Any]:
+        return {"type": self.type, "kind": self.kind, "checkpoint": checkpoint_id(self.checkpoint)}
+
+    def build(self, device: str) -> "Judge":
+        return judges.ClipJudge.from_pretrained(self.checkpoint, device, kind=self.kind, processor=self.processor)
+
+
+class EnsembleJudge(Judging):
+    """Several judges as one: the weighted mean of their margins, or the worst of them."""
+
+    type: Literal["ensemble"]
+    members: tuple["JudgeConfig", ...] = Field(min_length=1)
+    weights: tuple[float, ...] | None = None
+    how: Literal["mean", "worst"] = "mean"
+
+    def depends(self) -> dict[str, Any]:
+        settings = self.model_dump(mode="json", include={"type", "weights", "how"})
+        return {**settings, "members": [member.depends() for member in self.members]}
+
+    def build(self, device: str) -> "Judge":
+        return judges.Ensemble([member.build(device) for member in self.members], self.weights, self.how)
+
+
+JudgeConfig = Annotated[
+    QuestionsJudge | ConstitutionJudge | PairwiseJudge | MatchingJudge | ClipJudge | EnsembleJudge,
+    Field(discriminator="type"),
+]
+EnsembleJudge.model_rebuild()
