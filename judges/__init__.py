@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "constitution": ["Constitution", "Principle"],
         "decompose": ["LLMDecompose", "QuestionFile"],
         "ensemble": ["Ensemble"],
+        "frames": ["PerFrame", "WholeClip", "for_clips"],
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],
         "pairwise": ["GroupJudge", "PairwiseJudge", "ScoreComparer"],
