@@ -104,6 +104,21 @@ def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Parquet or JSONL of human labels: image, prompt, verdict.")
+    ] = None,
+) -> None:
+    """Find out how far the run's judge can be believed."""
+    settings, _ = _settings(config, overrides)
+    from pipeline.audit import audit as examine
+
+    examine(settings, labels)
+
+
+@app.command()
 def schema(
     folder: Annotated[Path | None, typer.Argument(help="Write the schemas there instead.")] = None,
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.judging import JudgeConfig
+from pipeline.judging import AuditConfig, JudgeConfig
 from pipeline.prompts import PromptSource
 from pipeline.settings import Section
 from pipeline.stages.evaluate import EvaluateConfig
@@ -31,6 +31,7 @@ class Config(Section):
     generator: GeneratorConfig
     sample: SampleConfig = SampleConfig()
     judge: JudgeConfig
+    audit: AuditConfig = AuditConfig()
     prefer: PreferConfig = PreferConfig()
     reward: RewardConfig
     finetune: FinetuneConfig = FinetuneConfig()

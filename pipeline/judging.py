@@ -292,3 +292,19 @@ JudgeConfig = Annotated[
     Field(discriminator="type"),
 ]
 EnsembleJudge.model_rebuild()
+
+
+class AuditConfig(Section):
+    """How closely a judge is looked at.
+
+    Attributes:
+        prompts: held-out prompts of the embedded world, with four pictures each.
+        probed: at most so many pictures are changed by each probe, asked about twice, and in other words.
+        mistakes: at most so many wrong verdicts of either kind are shown.
+        largest_side: pixels; larger pictures are shrunk on the page.
+    """
+
+    prompts: int = Field(240, ge=6)
+    probed: int = Field(160, ge=1)
+    mistakes: int = Field(6, ge=0, le=64)
+    largest_side: int = Field(384, ge=32, le=2048)

@@ -108,7 +108,11 @@ def steps(iterations: Sequence[int], kl: Sequence[float], grad_norm: Sequence[fl
 
 
 @_house_style()
-def reliability(bins: Sequence[Bin]) -> str:
+def reliability(
+    bins: Sequence[Bin],
+    predicted_by: str = "probability that the reward model gave",
+    observed_as: str = "share in which the judge agreed",
+) -> str:
     """Predicted against observed probability; the diagonal is perfect, areas are numbers of pairs."""
     figure = Figure(figsize=(3.6, 3.5))
     axes = figure.subplots()
@@ -120,7 +124,7 @@ def reliability(bins: Sequence[Bin]) -> str:
     axes.scatter(predicted, observed, [12 + 120 * point.pairs / most for point in bins], color=_TUNED, linewidths=0)
     margin = 0.04 * (1 - low)
     axes.set(xlim=(low - margin, 1 + margin), ylim=(low - margin, 1 + margin), aspect="equal")
-    axes.set(xlabel="probability that the reward model gave", title="share in which the judge agreed")
+    axes.set(xlabel=predicted_by, title=observed_as)
     return _svg(figure, "reliability")
 
 

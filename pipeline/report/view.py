@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.report import choices, figures, words
 from pipeline.report.choices import Row
+from pipeline.report.pages import page
 from pipeline.report.pictures import Picture, read_pictures
 from pipeline.store import Artifact, Manifest, read_rows
 
@@ -139,17 +139,7 @@ def view(name: str, inputs: Mapping[str, Artifact], examples_per_skill: int, dis
 
 def render(shown: View) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": words.percent, "span": words.span}
-    environment.globals |= {"points": words.points}
-    return environment.get_template("page.html.j2").render(view=shown)
+    return page("page.html.j2", view=shown)
 
 
 def _galleries(evaluate: Artifact, rows: Sequence[Row], count: int, side: int) -> tuple[Gallery, ...]:
