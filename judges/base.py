@@ -32,6 +32,8 @@ class Question:
         parents: places, in the same list, of questions without whose expected answer this one makes no sense (DSG,
             2310.18235, section 3).
         weight: how much it counts among its likes.
+        scale: whether the choices are whole numbers in rising order, whose expectation counts. The expected answer is
+            the best of them, the first or the last.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Question:
     expected: str = "yes"
     parents: tuple[int, ...] = ()
     weight: float = 1.0
+    scale: bool = False
 
     def __post_init__(self):
         if not self.text.strip():
@@ -47,6 +50,24 @@ class Question:
             raise ValueError(f"question: the weight {self.weight} of {self.text!r} must be positive and finite")
         if self.choices and self.expected not in self.choices:
             raise ValueError(f"question: expected {self.expected!r} is none of the choices {', '.join(self.choices)}")
+        if self.scale:
+            self._check_scale()
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """How much of what is expected each choice is, from 0 to 1."""
+        if not self.scale:
+            return tuple(float(choice == self.expected) for choice in self.choices)
+        numbers = [int(choice) for choice in self.choices]
+        worst = numbers[0] if self.expected == self.choices[-1] else numbers[-1]
+        return tuple((number - worst) / (int(self.expected) - worst) for number in numbers)
+
+    def _check_scale(self) -> None:
+        numbers = [int(choice) for choice in self.choices if choice.isdecimal()]
+        if len(numbers) < max(2, len(self.choices)) or numbers != sorted(set(numbers)):
+            raise ValueError(f"question: {self.text!r} has the scale {', '.join(self.choices)}; give numbers that rise")
+        if self.expected not in (self.choices[0], self.choices[-1]):
+            raise ValueError(f"question: expected {self.expected!r} is at no end of the scale of {self.text!r}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +76,9 @@ class Answer:
 
     Attributes:
         question: its text.
-        margin: log-odds, in nats, that the answer is the expected one: log P(expected) - log P(any other choice).
-            NaN where there is no answer.
-        text: the likeliest answer.
+        margin: log-odds, in nats, that the answer is the expected one: log P(expected) - log P(any other choice); of a
+            scale, those of the expectation's place on it. NaN where there is no answer.
+        text: the likeliest answer; of a scale, the expectation.
         certainty: the model's self-certainty, KL(uniform || p) in nats over whatever it chose from (Intuitor,
             2505.19590, equation 2); NaN where it is not known.
         error: why there is no answer; empty where there is one.

@@ -93,7 +93,7 @@ class CachedVQA:
         }
 
     def _key(self, digest: str, question: Question) -> bytes:
-        parts = [digest, self.id, self.template, question.text, question.choices, question.expected]
+        parts = [digest, self.id, self.template, question.text, question.choices, question.expected, question.scale]
         return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 

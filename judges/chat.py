@@ -35,6 +35,7 @@ from transformers import (
 from judges.base import Answer, Question, Sample, images_of
 from judges.replies import (
     PLACE,
+    REPLY_TOKENS,
     TEMPLATE,
     WORDINGS,
     BadReply,
@@ -48,6 +49,7 @@ from judges.replies import (
     check_template,
     clamped,
     form_of,
+    read_whole,
     spelling_ids,
     told,
 )
@@ -241,6 +243,16 @@ class InProcessVQA(ABC):
         """One answer for each question, in order. One that cannot be had says why."""
         return in_chunks(samples, questions, self.batch, self._answers)
 
+    def complete(self, instructions: Sequence[str], tokens: int = REPLY_TOKENS) -> list[str | NoAnswer]:
+        """The replies to instructions that need no picture, of at most so many tokens; or why there is none."""
+        safe = [text for text in instructions if not self._control.search(text)]
+        chunks = [safe[start : start + self.batch] for start in range(0, len(safe), self.batch)]
+        said = (
+            _whole(reply) for chunk in chunks for reply in self._write([Talk((), (t,)) for t in chunk], tokens, False)
+        )
+        replies = dict(zip(safe, said, strict=True))
+        return [replies.get(text, NoAnswer("the prompt holds a command to the model")) for text in instructions]
+
     def _answers(self, asked: Sequence[Asked]) -> dict[Place, Answer]:
         answers: dict[Place, Answer] = {}
         jobs: list[_Job] = []
@@ -294,6 +306,13 @@ class InProcessVQA(ABC):
             return Answer.failed(job.form.text, str(reason))
         certainty = answer.certainty if math.isnan(reply.certainty) else reply.certainty
         return clamped(job.question, replace(answer, certainty=certainty), self.asking.clamp)
+
+
+def _whole(reply: Written) -> str | NoAnswer:
+    try:
+        return NoAnswer(reply.error) if reply.error else read_whole(reply.completion)
+    except (BadReply, NoAnswer) as reason:
+        return NoAnswer(str(reason))
 
 
 class ChatVQA(InProcessVQA):
@@ -354,7 +373,7 @@ class ChatVQA(InProcessVQA):
 
     @torch.inference_mode()
     def _write(self, talks: Sequence[Talk], tokens: int, scored: bool) -> list[Written]:
-        inputs = self._inputs(talks)
+        inputs = self.inputs(talks)
         lengths = inputs.attention_mask.sum(1).tolist()
         problems = [self._problem(length + tokens) for length in lengths]
         if any(problems):
@@ -371,7 +390,8 @@ class ChatVQA(InProcessVQA):
         ids = out.sequences[:, inputs.input_ids.shape[1] :]
         return self._read(talks, ids, out.logits if scored else ())
 
-    def _inputs(self, talks: Sequence[Talk]) -> BatchFeature:
+    def inputs(self, talks: Sequence[Talk]) -> BatchFeature:
+        """What the model is fed to take its turn in each conversation, padded on the left."""
         return self.processor.apply_chat_template(
             [talk.messages(lambda picture: {"type": "image", "image": picture}) for talk in talks],
             add_generation_prompt=True,

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from judges.base import Question
 from judges.questions import checked_graph
+from judges.replies import NoAnswer
 
-Complete = Callable[[Sequence[str]], list[str]]
-"""A language model: the replies to instructions, one each, in order. Any other failure than a bad reply it raises."""
+Complete = Callable[[Sequence[str]], list[str | NoAnswer]]
+"""A language model: the replies to instructions, one each, in order, or why there is none."""
 
 Kind = Literal["entity", "attribute", "count", "relation", "action", "text", "setting", "style"]
 
@@ -41,6 +42,7 @@ class _Entry(BaseModel):
     expected: str = Question.expected
     parents: tuple[int, ...] = Question.parents
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Question.weight
+    scale: bool = Question.scale
 
 
 class _Line(BaseModel):
@@ -161,8 +163,10 @@ class LLMDecompose:
         taken, refused = {}, {}
         for prompt, reply in zip(waiting, replies, strict=True):
             try:
+                if isinstance(reply, NoAnswer):
+                    raise reply
                 taken[prompt] = read_reply(reply)
-            except ValueError as error:
+            except (NoAnswer, ValueError) as error:
                 refused[prompt] = str(error)
         return taken, refused
 

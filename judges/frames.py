@@ -69,7 +69,7 @@ class PerFrame:
         margins = [answer.margin for answer in answers]
         margin = min(margins) if self.reduce == "min" else math.fsum(margins) / len(margins)
         weakest = min(answers, key=lambda answer: answer.margin)
-        text = question.expected if margin > 0 else weakest.text
+        text = question.expected if margin > 0 and not question.scale else weakest.text
         return Answer(question.text, margin, text, math.fsum(a.certainty for a in answers) / len(answers))
 
 

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAIError
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from judges.base import Unavailable
@@ -282,7 +283,10 @@ async def opened(urls: Sequence[str], model: str, api_key: str, limits: Limits) 
     async with AsyncExitStack() as stack:
         servers = []
         for url in urls:
-            client = AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0, timeout=None)
+            # A proxy of the environment cannot reach a server of this machine.
+            direct = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+            http = DefaultAsyncHttpxClient(trust_env=not direct)
+            client = AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0, timeout=None, http_client=http)
             servers.append(Server(url, await stack.enter_async_context(client)))
         pool = Pool(servers, model, limits)
         stack.push_async_callback(pool.close)

@@ -6,6 +6,7 @@ answers; those of the literature differ in whether they count answers or multipl
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -105,6 +106,30 @@ class Whole:
 
     def __call__(self, prompt: str) -> list[Question]:
         return [Question(template.replace("{prompt}", prompt)) for template in self.templates]
+
+
+class Rating:
+    """How well the prompt is shown, on a scale from `low` to `high`, in each of several `templates`.
+
+    Scales of one digit suit all tokenizers, which may write 10 as 1 and 0.
+
+    Raises:
+        ValueError: a template does not hold `{prompt}` once, or the scale does not rise.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[str] = ('From {low} to {high}, how well does this image show "{prompt}"?',),
+        low: int = 1,
+        high: int = 9,
+    ):
+        if not 0 <= low < high:
+            raise ValueError(f"low, high: {low} to {high} is not a scale; give whole numbers from 0 that rise")
+        self.whole = Whole([t.replace("{low}", str(low)).replace("{high}", str(high)) for t in templates])
+        self.scores = tuple(str(score) for score in range(low, high + 1))
+
+    def __call__(self, prompt: str) -> list[Question]:
+        return [replace(q, choices=self.scores, expected=self.scores[-1], scale=True) for q in self.whole(prompt)]
 
 
 class QuestionJudge:

@@ -33,6 +33,9 @@ THINK = "But do not answer yet: first say what you see that matters for the answ
 WORDINGS = (ONE_OF, LETTERED, OPEN, RATING, THINK)
 """All that a model is told besides the question; another word may give another answer."""
 
+REPLY_TOKENS = 2048
+"""The length of a reply in words, in tokens."""
+
 MOST_LISTED = 128
 """How many tokens vLLM gives the log-probabilities of, of those asked for (its `logprob_token_ids`)."""
 
@@ -125,17 +128,13 @@ def form_of(question: Question) -> Form:
     """The form of a question. Raises NoAnswer for one with more choices than there are letters."""
     if not question.choices:
         return Form(question.text, OPEN, (), partial(read_open, question))
-    labels = labels_of(question.choices)
+    labels, read = labels_of(question), partial(read_choice, question)
+    if question.scale:
+        return Form(question.text, RATING.format(labels[0], labels[-1]), labels, read)
     if labels == tuple(question.choices):
-        return Form(question.text, ONE_OF.format(" or ".join(labels)), labels, partial(read_choice, question))
+        return Form(question.text, ONE_OF.format(" or ".join(labels)), labels, read)
     options = "\n".join(f"{label}. {choice}" for label, choice in zip(labels, question.choices, strict=True))
-    return Form(question.text, LETTERED.format(options), labels, partial(read_choice, question), lettered=True)
-
-
-def rating_form(low: int, high: int, text: str) -> Form:
-    """The form of a question for a score from `low` to `high`."""
-    read = partial(read_rating, text, range(low, high + 1))
-    return Form(text, RATING.format(low, high), tuple(str(score) for score in range(low, high + 1)), read)
+    return Form(question.text, LETTERED.format(options), labels, read, lettered=True)
 
 
 def check_template(template: str, reasoning: int) -> None:
@@ -152,13 +151,15 @@ def told(form: Form, template: str, reasoning: int) -> str:
     return template.format(question=form.text, how=f"{form.how} {THINK}" if reasoning else form.how)
 
 
-def labels_of(choices: Sequence[str]) -> tuple[str, ...]:
-    """What the model answers for each choice, one token each: yes, no and single characters as they are, else letters.
+def labels_of(question: Question) -> tuple[str, ...]:
+    """What the model answers for each choice, one token each: yes, no, single characters and scores as they are, else
+    letters.
 
     Raises:
         NoAnswer: there are more choices than letters.
     """
-    if all(len(choice) == 1 or choice.casefold() in ("yes", "no") for choice in choices):
+    choices = question.choices
+    if question.scale or all(len(choice) == 1 or choice.casefold() in ("yes", "no") for choice in choices):
         return tuple(choices)
     if len(choices) > len(string.ascii_uppercase):
         raise NoAnswer(f"has {len(choices)} choices, more than the {len(string.ascii_uppercase)} that get a letter")
@@ -176,49 +177,27 @@ def served_models(body: bytes) -> list[str]:
 
 
 def read_choice(question: Question, completion: Completion, ranked: bool) -> Answer:
-    """log P(expected) - log P(any other choice) at the first token, and the likeliest choice; see `label_log_probs`.
+    """The answer from the probabilities of the first token; see `choice_answer` and `label_log_probs`.
 
-    The only choice there is stands against every other token. Raises BadReply and NoAnswer.
+    Raises:
+        BadReply: the log-probabilities are missing or impossible.
+        NoAnswer: no choice is listed, or the reply is no score of the scale.
     """
-    return choice_answer(question, label_log_probs(first_tokens(completion), labels_of(question.choices), ranked))
+    tokens, labels = first_tokens(completion), labels_of(question)
+    if question.scale:
+        _check_score(tokens, labels)
+    return choice_answer(question, label_log_probs(tokens, labels, ranked))
 
 
 def choice_answer(question: Question, log_p: np.ndarray) -> Answer:
     """The answer to a question from log P of each of its choices (L,), in nats; of the only one against all else."""
-    wanted = question.choices.index(question.expected)
-    others = np.delete(log_p, wanted)
-    against = logsumexp(others) if len(others) else math.log(max(-math.expm1(log_p[wanted]), _ROUNDING))
-    likeliest = question.choices[int(log_p.argmax())]
-    return Answer(question.text, float(log_p[wanted] - against), likeliest, self_certainty(log_p))
-
-
-def read_rating(text: str, scores: range, completion: Completion, ranked: bool) -> Answer:
-    """The expected score over the first token's probabilities, never the likeliest one alone.
-
-    The margin is the log-odds of the expectation's place between the lowest score (0) and the highest (1); its
-    text is the expectation itself. Where the scores hold less than half of the probability, the reply is something
-    else, such as a number out of range, and is no score. A tokenizer may write 10 as 1 and 0: where 10 is not listed
-    and 1 holds more than 5 %, nobody knows which was meant.
-
-    Raises:
-        BadReply: the log-probabilities are missing or impossible.
-        NoAnswer: the first token is no score, or an ambiguous one.
-    """
-    labels = tuple(str(score) for score in scores)
-    tokens = first_tokens(completion)
-    listed = {label: _log_mass(tokens, label) for label in labels}
-    mass = math.fsum(math.exp(value) for value in listed.values())
-    if mass < _LEAST_MASS:
-        likeliest = max(tokens, key=lambda token: token.logprob).token
-        raise NoAnswer(f"answered {likeliest!r}: scores from {labels[0]} to {labels[-1]} hold {mass:.0%} of it")
-    for label in labels:
-        longer = [other for other in labels if other != label and other.startswith(label)]
-        if math.exp(listed[label]) > _MOST_AMBIGUOUS and any(math.isinf(listed[other]) for other in longer):
-            raise NoAnswer(f"answered {label!r}, which may begin {longer[0]!r}; ask for scores of one digit (high: 9)")
-    log_p = label_log_probs(tokens, labels, ranked)
-    mean = float(np.average(scores, weights=np.exp(log_p)))
-    place = (mean - scores[0]) / (scores[-1] - scores[0])
-    return Answer(text, log_odds(place), f"{mean:.3f}", self_certainty(log_p))
+    values = np.array(question.values)
+    against = logsumexp(log_p, b=1 - values) if len(log_p) > 1 else math.log(max(-math.expm1(log_p[0]), _ROUNDING))
+    if question.scale:
+        text = f"{np.average([int(choice) for choice in question.choices], weights=np.exp(log_p - log_p.max())):.3f}"
+    else:
+        text = question.choices[int(log_p.argmax())]
+    return Answer(question.text, float(logsumexp(log_p, b=values) - against), text, self_certainty(log_p))
 
 
 def read_open(question: Question, completion: Completion, ranked: bool) -> Answer:
@@ -238,6 +217,13 @@ def read_open(question: Question, completion: Completion, ranked: bool) -> Answe
     sure = math.exp(min(0.0, np.mean([position.logprob for position in _positions(completion)])))
     right = not question.expected.strip() or normalised(text) == normalised(question.expected)
     return Answer(question.text, log_odds((1 + sure) / 2 if right else (1 - sure) / 2), text)
+
+
+def read_whole(completion: Completion) -> str:
+    """A reply in words, entire. Raises BadReply where it is nothing, NoAnswer where it was cut."""
+    if completion.finish_reason == "length":
+        raise NoAnswer(f"the reply was cut after {len((completion.message.content or '').split())} words")
+    return _text(completion)
 
 
 def read_thought(body: bytes) -> str:
@@ -297,10 +283,16 @@ def spelling_ids(vocabulary: Mapping[str, int], labels: Sequence[str]) -> tuple[
 
 
 def spellings(choice: str, encode: Callable[[str], Sequence[int]], unknown: int | None) -> list[tuple[int, ...]]:
-    """A choice in tokens, after a space, as it is and with its case changed, as far as the vocabulary knows it."""
+    """A choice in tokens, after a space, as it is and with its case changed, as far as the vocabulary knows it.
+
+    Raises:
+        NoAnswer: it knows none.
+    """
     found = dict.fromkeys(tuple(encode(f" {text}")) for text in (choice, choice.capitalize(), choice.lower()))
     known = [ids for ids in found if ids and unknown not in ids]
-    return known or list(found)[:1]
+    if not known:
+        raise NoAnswer(f"cannot be answered: no tokens of the model say {choice!r}")
+    return known
 
 
 def clamped(question: Question, answer: Answer, clamp: tuple[float, float] | None) -> Answer:
@@ -327,6 +319,22 @@ def _checked(kind: type, body: bytes) -> "_Reply | _Models":
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "reply"
         raise BadReply(f"{place}: {first['msg']}") from None
+
+
+def _check_score(tokens: Sequence[Token], labels: Sequence[str]) -> None:
+    """Raises NoAnswer where a reply is no score, or nobody knows which one.
+
+    Where the scores hold less than half of the probability, the reply is something else, such as a number out of
+    range. A tokenizer may write 10 as 1 and 0: where 10 is not listed and 1 holds more than 5 %, either may be meant.
+    """
+    listed = {label: math.exp(_log_mass(tokens, label)) for label in labels}
+    if (mass := math.fsum(listed.values())) < _LEAST_MASS:
+        likeliest = max(tokens, key=lambda token: token.logprob).token
+        raise NoAnswer(f"answered {likeliest!r}: scores from {labels[0]} to {labels[-1]} hold {mass:.0%} of it")
+    for label in labels:
+        longer = [other for other in labels if other != label and other.startswith(label)]
+        if listed[label] > _MOST_AMBIGUOUS and any(not listed[other] for other in longer):
+            raise NoAnswer(f"answered {label!r}, which may begin {longer[0]!r}; ask for scores of one digit")
 
 
 def _positions(completion: Completion) -> tuple[Position, ...]:

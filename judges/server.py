@@ -11,10 +11,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,9 @@ from PIL import Image
 from judges.base import Answer, Question, Sample, images_of
 from judges.pool import Call, Limits, Pool, opened
 from judges.replies import (
+    MOST_LISTED,
     PLACE,
+    REPLY_TOKENS,
     TEMPLATE,
     WORDINGS,
     Form,
@@ -31,10 +32,12 @@ from judges.replies import (
     clamped,
     form_of,
     parse,
-    rating_form,
     read_thought,
+    read_whole,
     told,
 )
+
+K, T = TypeVar("K"), TypeVar("T")
 
 _TOP = 20
 """How many of the likeliest tokens a server lists at most (vLLM's `--max-logprobs`, OpenAI's limit)."""
@@ -48,6 +51,7 @@ class ServerVQA:
     Args:
         urls: where the servers are, each ending in `/v1`.
         model: the name under which they serve it.
+        id: names the weights; `model` unless given.
         api_key_env: the environment variable that holds the key; empty where none is needed.
         template: what the model is told, with `{question}` and, unless it is asked only what it answers with yes and
             no of itself, `{how}`, the instruction how to answer.
@@ -71,6 +75,7 @@ class ServerVQA:
         urls: Sequence[str],
         model: str,
         *,
+        id: str = "",
         api_key_env: str = "",
         template: str = TEMPLATE,
         token_ids: Mapping[str, Sequence[int]] | None = None,
@@ -97,7 +102,7 @@ class ServerVQA:
         self.reasoning, self.clamp, self.answer_tokens = reasoning, clamp, answer_tokens
         self.most_images, self.most_characters = most_images, most_characters
         self.limits = Limits(**limits)
-        self.id = f"server({model}, {self._version()})"
+        self.id = f"server({id or model}, {self._version()})"
 
     def ask(self, samples: Sequence[Sample], questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
         """One answer for each question, in order. Blocks; not for code that runs in an event loop itself.
@@ -109,49 +114,43 @@ class ServerVQA:
         if len(samples) != len(questions):
             raise ValueError(f"questions: there are lists for {len(questions)} samples, not for {len(samples)}")
         jobs = (
-            _Job((row, place), question.text, partial(form_of, question), shown)
+            ((row, place), partial(self._answer, question, shown))
             for row, (shown, asked) in enumerate(zip(map(_Shown, samples), questions, strict=True))
             for place, question in enumerate(asked)
         )
-        answers = self._answers(jobs) if any(questions) else {}
+        answers = asyncio.run(self._work_off(jobs)) if any(questions) else {}
         return [
             [clamped(question, answers[row, place], self.clamp) for place, question in enumerate(asked)]
             for row, asked in enumerate(questions)
         ]
 
-    def scale(self, samples: Sequence[Sample], texts: Sequence[str], low: int = 1, high: int = 9) -> list[Answer]:
-        """The score from `low` to `high` that each sample gets for its text, by expectation: see `read_rating`.
-
-        The score itself is `low + (high - low) * answer.probability`. The default ends at 9, because many tokenizers
-        write 10 as two tokens.
+    def check(self) -> None:
+        """Look at the servers' health.
 
         Raises:
-            ValueError: the scale has fewer than 2 scores or more than a server lists, or as `ask`.
-            Unavailable: as `ask`.
+            ValueError, Unavailable: as `ask`.
         """
-        if not 2 <= high - low + 1 <= _TOP:
-            raise ValueError(f"low, high: {low} to {high} is not a scale of 2 to {_TOP} scores")
-        if len(samples) != len(texts):
-            raise ValueError(f"texts: there are {len(texts)} for {len(samples)} samples")
-        jobs = (
-            _Job((row, 0), text, partial(rating_form, low, high, text), shown)
-            for row, (shown, text) in enumerate(zip(map(_Shown, samples), texts, strict=True))
-        )
-        answers = self._answers(jobs) if texts else {}
-        return [answers[row, 0] for row in range(len(texts))]
+        asyncio.run(self._work_off(iter(())))
 
-    def _answers(self, jobs: Iterator["_Job"]) -> dict[tuple[int, int], Answer]:
-        return asyncio.run(self._work_off(jobs))
+    def complete(self, instructions: Sequence[str], tokens: int = REPLY_TOKENS) -> list[str | NoAnswer]:
+        """The replies to instructions that need no picture, of at most so many tokens; or why there is none.
 
-    async def _work_off(self, jobs: Iterator["_Job"]) -> dict[tuple[int, int], Answer]:
+        Raises:
+            ValueError, Unavailable: as `ask`.
+        """
+        jobs = ((row, partial(self._reply, text, tokens)) for row, text in enumerate(instructions))
+        replies = asyncio.run(self._work_off(jobs)) if instructions else {}
+        return [replies[row] for row in range(len(instructions))]
+
+    async def _work_off(self, jobs: Iterator[tuple[K, Callable[[Pool], Awaitable[T]]]]) -> dict[K, T]:
         """As many workers as there may be calls in flight take jobs from one iterator: pictures do not pile up."""
-        answers: dict[tuple[int, int], Answer] = {}
+        done: dict[K, T] = {}
         key = os.environ[self.api_key_env] if self.api_key_env else "none"
         async with opened(self.urls, self.model, key, self.limits) as pool:
 
             async def work() -> None:
-                for job in jobs:
-                    answers[job.place] = await self._answer(pool, job)
+                for key, job in jobs:
+                    done[key] = await job(pool)
 
             try:
                 async with asyncio.TaskGroup() as workers:
@@ -159,17 +158,24 @@ class ServerVQA:
                         workers.create_task(work())
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
-        return answers
+        return done
 
-    async def _answer(self, pool: Pool, job: "_Job") -> Answer:
+    async def _answer(self, question: Question, shown: "_Shown", pool: Pool) -> Answer:
         try:
-            form = job.form()
+            form = form_of(question)
             text = self._text(form)
-            if len(job.shown.images) > self.most_images:
-                raise NoAnswer(f"the sample has {len(job.shown.images)} pictures, most_images is {self.most_images}")
-            return await pool.talk(partial(self._converse, form, text, job.shown.urls))
+            if len(shown.images) > self.most_images:
+                raise NoAnswer(f"the sample has {len(shown.images)} pictures, most_images is {self.most_images}")
+            return await pool.talk(partial(self._converse, form, text, shown.urls))
         except NoAnswer as reason:
-            return Answer.failed(job.text, str(reason))
+            return Answer.failed(question.text, str(reason))
+
+    async def _reply(self, text: str, tokens: int, pool: Pool) -> str | NoAnswer:
+        request = self._request([{"role": "user", "content": _content((), text)}], max_tokens=tokens)
+        try:
+            return await pool.talk(lambda call: call(request, lambda body: read_whole(parse(body))))
+        except NoAnswer as reason:
+            return reason
 
     async def _converse(self, form: Form, text: str, pictures: Sequence[str], call: Call) -> Answer:
         messages = [{"role": "user", "content": _content(pictures, text)}]
@@ -182,7 +188,8 @@ class ServerVQA:
         request = self._request(messages, max_tokens=1, logprobs=True, top_logprobs=_TOP)
         exact = all(label in self.token_ids for label in form.labels)
         if exact:
-            ids = [token for label in form.labels for token in self.token_ids[label]]
+            most = MOST_LISTED // len(form.labels)
+            ids = list(dict.fromkeys(token for label in form.labels for token in self.token_ids[label][:most]))
             request["extra_body"] = {**self.extra_body, "logprob_token_ids": ids}
         return await call(request, lambda body: form.read(parse(body), not exact))
 
@@ -220,16 +227,6 @@ class _Shown:
     @cached_property
     def urls(self) -> list[str]:
         return [data_url(image) for image in self.images]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One question about one sample, and the row and place where its answer belongs."""
-
-    place: tuple[int, int]
-    text: str
-    form: Callable[[], Form]
-    shown: _Shown
 
 
 def data_url(pixels: np.ndarray) -> str:

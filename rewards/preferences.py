@@ -21,7 +21,10 @@ Strategy = Literal["all", "best_vs_worst"]
 
 @dataclass(frozen=True)
 class Scored:
-    """One image, number `sample` of its prompt, as a judge sees it: `margin` in nats, void unless `valid`."""
+    """One image, number `sample` of its prompt, as a judge sees it: `margin` in nats, void unless `valid`.
+
+    `certainty` is the judge's self-certainty in nats; NaN where it is not known.
+    """
 
     prompt_id: str
     prompt: str
@@ -29,6 +32,7 @@ class Scored:
     sample: int
     margin: float
     valid: bool
+    certainty: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Pair:
 
     Attributes:
         label: soft label, the probability that image `sample_a` is better than `sample_b`.
-        weight: every prompt has the same total within its split; the mean over the split is 1.
+        weight: every prompt has the same total within its split, unless the judge's certainty counts; the mean over the
+            split is 1.
         judge: the id of the judge that scored both; `template` is the version of its question.
     """
 
@@ -62,6 +67,7 @@ def pairs(
     judge: str,
     template: str,
     heldout: float,
+    by_certainty: bool = False,
 ) -> list[Pair]:
     """The preference pairs among the valid images of each prompt, ordered by prompt id and samples.
 
@@ -74,6 +80,7 @@ def pairs(
         temperature: T of the soft labels, in nats of margin.
         min_gap: pairs whose margins differ by less than this many nats are dropped.
         heldout: the share of prompts, in expectation, that training never sees.
+        by_certainty: weigh each pair by the mean certainty of its two verdicts.
 
     Raises:
         ValueError: a setting or an image is out of range; the message starts with the field's name.
@@ -95,7 +102,8 @@ def pairs(
             label = float(expit((a.margin - b.margin) / temperature))
             split = "heldout" if _unit_hash("split", normalised(a.prompt)) < heldout else "train"
             place = (a.prompt_id, a.prompt, a.skill, a.sample, b.sample)
-            found.append(Pair(*place, label, 1.0, split, strategy, judge, template))
+            weight = _certainty(a, b) if by_certainty else 1.0
+            found.append(Pair(*place, label, weight, split, strategy, judge, template))
     return _balanced(found)
 
 
@@ -142,10 +150,25 @@ def _unit_hash(*parts: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
+def _certainty(a: Scored, b: Scored) -> float:
+    for image in (a, b):
+        if not 0 <= image.certainty < math.inf:
+            raise ValueError(
+                f"by_certainty: the verdict on sample {image.sample} of {image.prompt_id!r} does not tell how sure the "
+                f"judge was ({image.certainty}); use false"
+            )
+    return (a.certainty + b.certainty) / 2
+
+
 def _balanced(found: Sequence[Pair]) -> list[Pair]:
+    """The pairs with weights that share out each prompt's among its pairs and have the mean 1 over a split."""
     of_prompt = Counter(pair.prompt_id for pair in found)
+    shared = [pair.weight / of_prompt[pair.prompt_id] for pair in found]
+    total: dict[str, float] = defaultdict(float)
+    for pair, weight in zip(found, shared, strict=True):
+        total[pair.split] += weight
     of_split = Counter(pair.split for pair in found)
-    prompts = Counter(split for _, split in {(pair.prompt_id, pair.split) for pair in found})
     return [
-        replace(pair, weight=of_split[pair.split] / (prompts[pair.split] * of_prompt[pair.prompt_id])) for pair in found
+        replace(pair, weight=weight * of_split[pair.split] / total[pair.split])
+        for pair, weight in zip(found, shared, strict=True)
     ]

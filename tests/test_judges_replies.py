@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,13 +14,17 @@ from judges.replies import (
     form_of,
     labels_of,
     parse,
-    rating_form,
     read_choice,
     served_models,
 )
 from tests.servers import first_token, reply
 
 YES_NO = Question("?")
+
+
+def rating(high: int) -> Question:
+    scores = tuple(str(score) for score in range(1, high + 1))
+    return Question("How good?", scores, scores[-1], scale=True)
 
 
 def completion(**log_p: float) -> Completion:
@@ -49,8 +54,8 @@ def test_no_choice_among_the_tokens_is_no_answer():
 
 
 def test_choices_get_letters_unless_one_token_says_them():
-    assert labels_of(("yes", "No")) == ("yes", "No")
-    assert labels_of(("1", "2")) == ("1", "2")
+    assert labels_of(Question("?", ("yes", "No"), "No")) == ("yes", "No")
+    assert labels_of(Question("?", ("1", "2"), "1")) == ("1", "2")
     question = Question("Which colour?", ("red", "light blue", "green"), "light blue")
     form = form_of(question)
     assert form.how.startswith("A. red\nB. light blue\nC. green\n")
@@ -92,25 +97,27 @@ def test_log_probabilities_that_are_missing_or_add_up_to_more_than_one_are_refus
 
 
 def test_a_rating_is_the_expectation_over_the_scores():
-    answer = rating_form(1, 9, "How good?").read(
-        completion(_7=math.log(0.5), _9=math.log(0.3), _5=math.log(0.2)), False
-    )
+    said = completion(_7=math.log(0.5), _9=math.log(0.3), _5=math.log(0.2))
+    answer = form_of(rating(9)).read(said, False)
     expected = (0.5 * 7 + 0.3 * 9 + 0.2 * 5) / 1
     assert 1 + 8 * answer.probability == pytest.approx(expected, abs=1e-3)
     assert float(answer.text) == pytest.approx(expected, abs=1e-3)
+    worst = replace(rating(9), expected="1")
+    assert form_of(worst).read(said, False).margin == pytest.approx(-answer.margin)
+    assert form_of(rating(9)).how == "Answer with one whole number from 1 to 9 only."
 
 
 def test_a_number_out_of_range_is_no_score():
     with pytest.raises(NoAnswer, match="'11': scores from 1 to 9 hold 20%"):
-        rating_form(1, 9, "?").read(completion(**{"11": math.log(0.8), "7": math.log(0.2)}), True)
+        form_of(rating(9)).read(completion(**{"11": math.log(0.8), "7": math.log(0.2)}), True)
 
 
 def test_a_one_that_may_begin_a_ten_is_no_score():
     digits = completion(**{"1": math.log(0.6), "8": math.log(0.4)})
     with pytest.raises(NoAnswer, match="'1', which may begin '10'"):
-        rating_form(1, 10, "?").read(digits, True)
-    assert rating_form(1, 9, "?").read(digits, True).valid
-    assert rating_form(1, 10, "?").read(completion(**{"1": -1.0, "8": -1.0, "10": -2.0}), True).valid
+        form_of(rating(10)).read(digits, True)
+    assert form_of(rating(9)).read(digits, True).valid
+    assert form_of(rating(10)).read(completion(**{"1": -1.0, "8": -1.0, "10": -2.0}), True).valid
 
 
 @pytest.mark.parametrize(("expected", "sign"), [("red, ball", 1), ("blue ball", -1), (" ", 1)])

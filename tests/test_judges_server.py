@@ -10,6 +10,7 @@ import pytest
 
 from judges.base import Question, Unavailable
 from judges.pool import Limits, retry_after
+from judges.questions import Rating
 from judges.server import ServerVQA
 from tests.servers import FAULTS, ChatServer, first_token, reply, true_margin, yes_or_no
 
@@ -104,12 +105,37 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 
 
 def test_scores_are_read_by_expectation():
+    asked = Rating(["How good is {prompt}?"])("this")
     with ChatServer(answer=lambda seen: first_token(_7=math.log(0.5), _9=math.log(0.5))) as server:
-        answers = judge(server).scale(pictures(2), ["How good is it?"] * 2)
-        assert server.asked()[0].texts == ("How good is it?\nAnswer with one whole number from 1 to 9 only.",)
-        with pytest.raises(ValueError, match="low, high"):
-            judge(server).scale(pictures(1), ["?"], 0, 100)
-    assert [answer.text for answer in answers] == ["8.000"] * 2
+        answers = judge(server).ask(pictures(2), [asked, asked])
+        assert server.asked()[0].texts == ("How good is this?\nAnswer with one whole number from 1 to 9 only.",)
+    assert [answer.text for (answer,) in answers] == ["8.000"] * 2
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with ChatServer() as server:
+        assert judge(server).ask(pictures(1), [[YES_NO]])[0][0].valid
+
+
+def test_a_reply_in_words_is_whole_or_says_why_not():
+    def answer(seen):
+        return reply("a cake") if seen.texts == ("say cake",) else reply("a ca", finish="length")
+
+    with ChatServer(answer=answer) as server:
+        good, cut = judge(server).complete(["say cake", "say more"])
+    assert good == "a cake"
+    assert str(cut) == "the reply was cut after 2 words"
+
+
+def test_health_is_looked_at_without_a_question():
+    with ChatServer() as server:
+        judge(server).check()
+        assert not server.asked()
+        with pytest.raises(ValueError, match=r"model: .* does not serve 'other'"):
+            ServerVQA([server.url], "other", **QUICK).check()
 
 
 def test_a_thought_comes_before_the_answer_and_its_certainty_is_kept_small():

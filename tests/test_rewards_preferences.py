@@ -145,3 +145,23 @@ def test_settings_out_of_range_are_named(scored, field, value):
 def test_broken_rows_are_named(field, changes):
     with pytest.raises(ValueError, match=rf"^{field}: "):
         make([image(0, 0, 1.0), dataclasses.replace(image(0, 1, 2.0), **changes)])
+
+
+def test_pairs_weigh_by_the_certainty_of_both_verdicts(scored):
+    rng = random.Random(1)
+    sure = [dataclasses.replace(entry, certainty=rng.uniform(0.1, 3)) for entry in scored]
+    certainty = {(entry.prompt_id, entry.sample): entry.certainty for entry in sure}
+    plain, weighed = make(sure), make(sure, by_certainty=True)
+    factors = defaultdict(set)
+    for a, b in zip(plain, weighed, strict=True):
+        mean = (certainty[b.prompt_id, b.sample_a] + certainty[b.prompt_id, b.sample_b]) / 2
+        factors[b.split].add(round(b.weight / a.weight / mean, 9))
+    assert all(len(found) == 1 for found in factors.values())
+    for split in factors:
+        weights = [pair.weight for pair in weighed if pair.split == split]
+        assert sum(weights) == pytest.approx(len(weights))
+
+
+def test_certainty_that_is_not_known_weighs_nothing(scored):
+    with pytest.raises(ValueError, match=r"by_certainty: the verdict on sample \d of 'p\d+' does not tell"):
+        make(scored, by_certainty=True)

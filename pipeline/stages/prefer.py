@@ -34,6 +34,7 @@ class PreferConfig(Section):
     Attributes:
         temperature: nats of margin that make a preference of 73 %.
         min_gap: pairs whose margins differ by less than so many nats are left out.
+        by_certainty: let pairs count by how sure the judge was of them (its self-certainty).
         heldout: share of the prompts on which the reward model is only measured.
     """
 
@@ -41,6 +42,7 @@ class PreferConfig(Section):
     temperature: float = Field(1.0, gt=0)
     min_gap: float = Field(0.5, ge=0)
     heldout: float = Field(0.15, gt=0, lt=1)
+    by_certainty: bool = False
 
 
 def _run(context: Context) -> None:
@@ -50,19 +52,14 @@ def _run(context: Context) -> None:
     settings: PreferConfig = context.config.prefer
     rows = read_rows(context.inputs["judge"])
     scored = [
-        Scored(r["prompt_id"], r["prompt"], r["skill"], r["sample"], r["margin"], r["valid"])
-        for r in rows.select_columns(["prompt_id", "prompt", "skill", "sample", "margin", "valid"])
+        Scored(**row)
+        for row in rows.select_columns(["prompt_id", "prompt", "skill", "sample", "margin", "valid", "certainty"])
     ]
     first = rows[0]
-    found = pairs(
-        scored,
-        settings.strategy,
-        settings.temperature,
-        settings.min_gap,
-        first["judge"],
-        first["template"],
-        settings.heldout,
-    )
+    try:
+        found = pairs(scored, judge=first["judge"], template=first["template"], **settings.model_dump())
+    except ValueError as error:
+        raise UserError(f"prefer.{error}") from None
     if {pair.split for pair in found} != {"train", "heldout"}:
         raise UserError(
             f"prefer: {len(found)} pairs are left and do not fill both splits; "
