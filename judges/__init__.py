@@ -7,6 +7,7 @@ import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
+    submodules=["tuning"],
     submod_attrs={
         "base": ["Answer", "Comparer", "Judge", "Question", "Sample", "Unavailable", "VQA", "Verdict"],
         "blip2": ["Blip2VQA", "InstructBlipVQA", "load_blip2"],
@@ -19,9 +20,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "loading": ["load_judge"],
         "matching": ["MatchingJudge"],
         "pairwise": ["GroupJudge", "PairwiseJudge", "ScoreComparer"],
-        "questions": ["AGGREGATES", "QuestionJudge", "Whole"],
+        "questions": ["AGGREGATES", "QuestionJudge", "Rating", "Whole"],
         "scorers": ["ClipJudge"],
         "server": ["ServerVQA"],
+        "serving": ["served"],
         "vllm_engine": ["load_vllm"],
     },
 )

@@ -208,12 +208,18 @@ def load_vllm(folder: str | Path, engine: Mapping[str, Any] | None = None, **set
     Raises:
         ValueError: vLLM is not installed or does not run such a checkpoint.
     """
+    kind = VllmBlip2VQA if is_blip2(folder) else VllmVQA
+    return kind.from_pretrained(folder, engine, **settings)
+
+
+def is_blip2(folder: str | Path) -> bool:
+    """Whether a checkpoint is a BLIP-2. Raises ValueError for one that vLLM does not run."""
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "blip-2":
-        return VllmVQA.from_pretrained(folder, engine, **settings)
-    if not config.use_decoder_only_language_model:
+    if config.model_type == "blip-2" and not config.use_decoder_only_language_model:
         raise ValueError(f"checkpoint: {folder} is a BLIP-2 with a T5, which vLLM does not run; use load_blip2")
-    return VllmBlip2VQA.from_pretrained(folder, engine, **settings)
+    if config.model_type == "blip-2" and "Blip2ForImageTextRetrieval" in (config.architectures or ()):
+        raise ValueError(f"checkpoint: {folder} holds a BLIP-2 for matching, which has no language model to ask")
+    return config.model_type == "blip-2"
 
 
 def start(folder: str | Path, most_images: int, engine: Mapping[str, Any]) -> "LLM":

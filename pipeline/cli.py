@@ -119,6 +119,29 @@ def audit(
 
 
 @app.command()
+def tune(
+    config: ConfigFile,
+    labels: Annotated[Path, typer.Option(help="Parquet or JSONL of human labels: image, prompt, verdict.")],
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the tuned judge; tune/ in the run's without it.")] = None,
+) -> None:
+    """Tune the run's judge to a person's labels."""
+    settings, _ = _settings(config, overrides)
+    from pipeline.tune import tune as teach
+
+    teach(settings, labels, to)
+
+
+@app.command()
+def questions(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Let a language model write what the judge will ask about the run's prompts, for you to correct."""
+    settings, _ = _settings(config, overrides)
+    from pipeline.questions import write_questions
+
+    write_questions(settings)
+
+
+@app.command()
 def schema(
     folder: Annotated[Path | None, typer.Argument(help="Write the schemas there instead.")] = None,
 ) -> None:

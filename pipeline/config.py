@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.judging import AuditConfig, JudgeConfig
+from pipeline.judging import AuditConfig, JudgeConfig, TuneConfig
 from pipeline.prompts import PromptSource
 from pipeline.settings import Section
 from pipeline.stages.evaluate import EvaluateConfig
@@ -32,6 +32,7 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     judge: JudgeConfig
     audit: AuditConfig = AuditConfig()
+    tune: TuneConfig = TuneConfig()
     prefer: PreferConfig = PreferConfig()
     reward: RewardConfig
     finetune: FinetuneConfig = FinetuneConfig()

@@ -4,14 +4,17 @@
 server is, how many calls are in flight) is left out of the fingerprint.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import judges
 from judges import geneval
 from judges.shapes import questions as shapes
+from pipeline.launch import Serve, start
 from pipeline.settings import Section, UserError
 from pipeline.store import fingerprint, hash_path
 
@@ -20,6 +23,23 @@ if TYPE_CHECKING:
     from judges.questions import Decompose
 
 TEMPLATE = "Question: {} Answer:"
+
+
+@contextmanager
+def told(place: str) -> Iterator[None]:
+    """What does not fit a judge's settings, which begin at `place`, becomes one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{place}.{_one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{place}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def is_hub_id(name: str) -> bool:
@@ -49,23 +69,54 @@ class Blip2Model(Section):
 
 
 class ServerModel(Section):
-    """A chat model behind OpenAI-compatible servers; see `judges.server.ServerVQA` for the fields."""
+    """A model behind OpenAI-compatible servers: those at `urls`, or one of vLLM that the run starts, `serve`.
+
+    See `judges.server.ServerVQA` for the other fields. With `serve`, `template` and `token_ids` follow from the
+    checkpoint.
+    """
 
     type: Literal["server"]
-    urls: tuple[str, ...] = Field(min_length=1)
-    model: str
+    urls: tuple[str, ...] = ()
+    model: str = ""
+    serve: Serve | None = None
     api_key_env: str = ""
+    template: str | None = None
+    token_ids: dict[str, tuple[int, ...]] | None = None
     reasoning: int = Field(0, ge=0)
     clamp: tuple[float, float] | None = None
     most_images: int = Field(8, ge=1)
     extra_body: dict[str, Any] = Field(default_factory=dict)
     concurrency: int = Field(16, ge=1)
+    timeout: float = Field(20.0, gt=0)
+    deadline: float = Field(40.0, gt=0)
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> "ServerModel":
+        if bool(self.urls) == bool(self.serve):
+            raise ValueError("give either urls, where servers are, or serve, the settings of one to start")
+        if bool(self.urls) != bool(self.model):
+            raise ValueError("give model, the name it is served under, with urls and only with them")
+        return self
 
     def depends(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"urls", "api_key_env", "concurrency"})
+        elsewhere = {"urls", "serve", "api_key_env", "concurrency", "timeout", "deadline"}
+        settings = self.model_dump(mode="json", exclude=elsewhere)
+        if not self.serve:
+            return settings
+        return {**settings, "checkpoint": checkpoint_id(self.serve.checkpoint), "arguments": self.serve.telling}
 
     def build(self, device: str) -> "VQA":
-        return judges.ServerVQA(**self.model_dump(exclude={"type"}))
+        asking = self.model_dump(exclude={"type", "urls", "model", "serve"}, exclude_none=True)
+        if not self.serve:
+            found = judges.ServerVQA(self.urls, self.model, **asking)
+            found.check()
+            return found
+        with told("judge.model.serve"):
+            served = judges.served(self.serve.checkpoint, self.most_images)
+        address = start(self.serve, served.arguments)
+        asking = {"template": served.template, "token_ids": served.token_ids, **asking}
+        asking |= {"most_images": served.most_images, "extra_body": {**served.extra_body, **self.extra_body}}
+        return judges.ServerVQA([address.url], address.model, id=fingerprint(self.depends())[:12], **asking)
 
 
 class ChatModel(Section):
@@ -124,20 +175,51 @@ class GrammarQuestions(Section):
         return {"shapes": shapes.decompose, "geneval": geneval.decompose}[self.type]
 
 
+class RatingQuestions(Section):
+    """How well the prompt is shown, on a scale; the expectation over its scores counts (see `judges.questions`)."""
+
+    type: Literal["rating"]
+    templates: tuple[str, ...] = ('From {low} to {high}, how well does this image show "{prompt}"?',)
+    low: int = 1
+    high: int = 9
+
+    def depends(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def build(self) -> "Decompose":
+        return judges.Rating(self.templates, self.low, self.high)
+
+
 class FileQuestions(Section):
-    """A JSONL file of prompts and their questions, which a person may write and edit."""
+    """A JSONL file of prompts and their questions, which people may write and edit.
+
+    `python -m pipeline questions CONFIG` lets `model` write those of the run's prompts that are not in it.
+    """
 
     type: Literal["file"]
     path: str
+    model: "ChatModel | ServerModel | None" = Field(None, discriminator="type")
 
     def depends(self) -> dict[str, Any]:
+        if not Path(self.path).is_file():
+            raise UserError(
+                f"judge.questions.path: {self.path} is no file; `python -m pipeline questions CONFIG` writes it with "
+                "the language model in judge.questions.model"
+            )
         return {"type": self.type, "path": hash_path(self.path)}
 
     def build(self) -> "Decompose":
         return judges.QuestionFile(self.path)
 
+    def write(self, prompts: Sequence[str], device: str) -> dict[str, str]:
+        """Let the model write what is missing; the prompts that it could not take apart, and why."""
+        if not self.model:
+            raise UserError("judge.questions.model: none is set; name the language model that writes the questions")
+        writer = judges.LLMDecompose(self.model.build(device).complete, judges.QuestionFile(self.path))
+        return writer.prepare(prompts)
 
-Questions = Annotated[WholeQuestions | GrammarQuestions | FileQuestions, Field(discriminator="type")]
+
+Questions = Annotated[WholeQuestions | RatingQuestions | GrammarQuestions | FileQuestions, Field(discriminator="type")]
 
 
 class Judging(Section):
@@ -153,9 +235,27 @@ class Judging(Section):
     max_invalid: float = Field(0.05, ge=0, le=1)
     shard: int = Field(256, ge=1)
 
+    def build(self, device: str) -> "Judge":
+        """The judge these settings describe.
+
+        Raises:
+            UserError: they do not fit what stands at a checkpoint, in a file or behind an address.
+            judges.base.Unavailable: nobody answers.
+        """
+        with told("judge"):
+            return self._build(device)
+
+    def _build(self, device: str) -> "Judge":
+        raise NotImplementedError
+
     def _seen(self, model: Model, device: str) -> "VQA":
-        found = model.build(device)
+        with told("judge.model"):
+            found = model.build(device)
         return judges.CachedVQA(found, self.cache) if self.cache else found
+
+    def _asked(self, questions: Questions) -> "Decompose":
+        with told("judge.questions"):
+            return questions.build()
 
 
 class QuestionsJudge(Judging):
@@ -174,10 +274,10 @@ class QuestionsJudge(Judging):
             "questions": self.questions.depends(),
         }
 
-    def build(self, device: str) -> "Judge":
+    def _build(self, device: str) -> "Judge":
         aggregate = judges.AGGREGATES[self.aggregate]
         return judges.QuestionJudge(
-            self._seen(self.model, device), self.questions.build(), aggregate, self.questions.type
+            self._seen(self.model, device), self._asked(self.questions), aggregate, self.questions.type
         )
 
 
@@ -197,16 +297,14 @@ class ConstitutionJudge(Judging):
         settings = self.model_dump(mode="json", include={"type", "mode", "count", "seed", "aggregate"})
         return {**settings, "model": self.model.depends(), "principles": told}
 
-    def build(self, device: str) -> "Judge":
+    def _build(self, device: str) -> "Judge":
         name = f"constitution-{fingerprint(self.depends())[:12]}"
         aggregate = judges.AGGREGATES[self.aggregate]
         return judges.QuestionJudge(self._seen(self.model, device), self._constitution(), aggregate, name)
 
     def _constitution(self) -> "judges.Constitution":
-        try:
+        with told("judge"):
             return judges.Constitution.load(self.principles, self.mode, self.count, self.seed)
-        except ValueError as error:
-            raise UserError(f"judge.principles: {error}") from None
 
 
 class PairwiseJudge(Judging):
@@ -231,13 +329,13 @@ class PairwiseJudge(Judging):
         settings = self.model_dump(mode="json", include={"type", "principles", "rounds", "temperature"})
         return {**settings, "model": self.model.depends(), "questions": self.questions.depends()}
 
-    def build(self, device: str) -> "Judge":
+    def _build(self, device: str) -> "Judge":
         seen = self._seen(self.model, device)
         if seen.most_images > 1:
             wording = judges.Constitution.load(self.principles, "drawn").wordings if self.principles else None
             comparer = judges.PairwiseJudge(seen, wording)
         else:
-            scorer = judges.QuestionJudge(seen, self.questions.build(), name=self.questions.type)
+            scorer = judges.QuestionJudge(seen, self._asked(self.questions), name=self.questions.type)
             comparer = judges.ScoreComparer(scorer, self.temperature)
         return judges.GroupJudge(comparer, self.rounds)
 
@@ -252,7 +350,7 @@ class MatchingJudge(Judging):
     def depends(self) -> dict[str, Any]:
         return {"type": self.type, "head": self.head, "checkpoint": checkpoint_id(self.checkpoint)}
 
-    def build(self, device: str) -> "Judge":
+    def _build(self, device: str) -> "Judge":
         return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head)
 
 
@@ -267,7 +365,7 @@ class ClipJudge(Judging):
     def depends(self) -> dict[str, Any]:
         return {"type": self.type, "kind": self.kind, "checkpoint": checkpoint_id(self.checkpoint)}
 
-    def build(self, device: str) -> "Judge":
+    def _build(self, device: str) -> "Judge":
         return judges.ClipJudge.from_pretrained(self.checkpoint, device, kind=self.kind, processor=self.processor)
 
 
@@ -283,8 +381,8 @@ class EnsembleJudge(Judging):
         settings = self.model_dump(mode="json", include={"type", "weights", "how"})
         return {**settings, "members": [member.depends() for member in self.members]}
 
-    def build(self, device: str) -> "Judge":
-        return judges.Ensemble([member.build(device) for member in self.members], self.weights, self.how)
+    def _build(self, device: str) -> "Judge":
+        return judges.Ensemble([member._build(device) for member in self.members], self.weights, self.how)
 
 
 JudgeConfig = Annotated[
@@ -300,11 +398,38 @@ class AuditConfig(Section):
     Attributes:
         prompts: held-out prompts of the embedded world, with four pictures each.
         probed: at most so many pictures are changed by each probe, asked about twice, and in other words.
+        clips: prompts of the embedded world with two clips each of `frames` frames, one of them broken on the way.
         mistakes: at most so many wrong verdicts of either kind are shown.
         largest_side: pixels; larger pictures are shrunk on the page.
     """
 
     prompts: int = Field(240, ge=6)
     probed: int = Field(160, ge=1)
+    clips: int = Field(60, ge=0)
+    frames: int = Field(8, ge=2)
     mistakes: int = Field(6, ge=0, le=64)
     largest_side: int = Field(384, ge=32, le=2048)
+
+
+class TuneConfig(Section):
+    """How a judge's model is tuned to a person's labels; see `judges.tuning`.
+
+    The learning rate is that of QLoRA (2305.14314, appendix B) for models of 7 and 13 billion parameters.
+
+    Attributes:
+        method: `sft`, or for chat models `dpo`.
+        heldout: the share of prompts, in expectation, whose labels only measure.
+        rank: of the adapter.
+        batch: questions a step.
+        beta: of `dpo`.
+        save_steps: a checkpoint every so many steps.
+    """
+
+    method: Literal["sft", "dpo"] = "sft"
+    heldout: float = Field(0.3, gt=0, lt=1)
+    rank: int = Field(16, ge=1)
+    epochs: int = Field(3, ge=1)
+    batch: int = Field(32, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    beta: float = Field(0.1, gt=0)
+    save_steps: int = Field(100, ge=1)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -25,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.launch import Address, Servers, Started
 from pipeline.progress import Progress, duration, quiet_libraries
 from pipeline.settings import Section, UserError, dump, suggest
 from pipeline.store import Artifact, RunLock, atomic_write_text, fingerprint, lock_holder
@@ -193,7 +195,9 @@ def run(config: Section, stages: Sequence[Stage], run_dir: str | Path, only: Seq
                 inputs = {name: Artifact(run_dir / name) for name in stage.needs}
                 artifact = Artifact(run_dir / stage.name)
                 context = Context(config, artifact, inputs, process, progress, stop)
-                _run_stage(stage, todo[stage.name], context)
+                once = partial(_started, context)
+                with Servers(run_dir, stage.name, progress.say, lambda: stop.raised, once):
+                    _run_stage(stage, todo[stage.name], context)
         if todo and process.is_main_process:
             _append_event(run_dir, "run_end")
 
@@ -322,6 +326,13 @@ def _run_stage(stage: Stage, digest: str, context: Context) -> None:
     took = time.monotonic() - started
     context.event("stage_end", stage=stage.name, fingerprint=digest, seconds=took)
     context.log(f"{stage.name}: done in {duration(took)}")
+
+
+def _started(context: Context, started: Started) -> Address:
+    """The server that the main process starts; no process goes on to ask it where the run is to stop."""
+    address = _on_main(context.accelerator, started)
+    context.check_stop()
+    return address
 
 
 @contextlib.contextmanager
