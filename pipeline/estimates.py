@@ -113,6 +113,18 @@ def accuracy(margin: np.ndarray, truth: np.ndarray, prompts: np.ndarray) -> Accu
     )
 
 
+def rise(before: np.ndarray, after: np.ndarray, truth: np.ndarray, prompts: np.ndarray) -> Estimate:
+    """By how much balanced accuracy rose from the margins `before` to those `after`, on the same pictures."""
+    known = np.isfinite(before) & np.isfinite(after) & (truth != 0.5)
+    follows, prompts = truth[known] > 0.5, prompts[known]
+    right = [((margin[known] > 0) == follows).astype(float) for margin in (before, after)]
+    if follows.all() or not follows.any():
+        return Estimate(None, None, 0, 0)
+    change = right[1] - right[0]
+    balanced = (change[follows].mean() + change[~follows].mean()) / 2
+    return mean(_linearised(change, follows, balanced, weight=0.5), prompts)
+
+
 def _linearised(values: np.ndarray, side: np.ndarray, statistic: float, weight: float) -> np.ndarray:
     """Values with the mean `statistic`, which moves by `weight` times the mean of `values` on each of two sides."""
     linear = np.full(len(values), statistic)
