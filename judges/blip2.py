@@ -1,19 +1,23 @@
 """BLIP-2 and InstructBLIP answering questions, on transformers (2301.12597, 2305.06500), read as log-odds.
 
 What can be computed once for a picture is: BLIP-2's query outputs, InstructBLIP's image features (its Q-Former reads
-the question). Any number of questions are then batched over it. Questions are padded on the right and masked, so an
-answer does not depend on its batch-mates. Images are resized and normalised by the checkpoint's own image processor.
+the question). Any number of questions are then batched over it. A decoder-only language model reads a picture's query
+outputs once and the questions about it side by side, under a mask that hides them from one another. Questions are
+padded on the right and masked, so an answer does not depend on its batch-mates. Images are resized and normalised by
+the checkpoint's own image processor.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,11 +29,13 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from judges.base import Answer, Question, Sample, only_image
-from judges.replies import choice_answer, spellings
+from judges.replies import NoAnswer, choice_answer, spellings
 
 TEMPLATE = "Question: {} Answer:"
 OPEN_TOKENS = 16
 """The length of an answer to an open question, in tokens."""
+SIDE_BY_SIDE = 16
+"""At most so many questions are read after one prefix: the cost of attention grows with the square of their length."""
 
 T = TypeVar("T")
 
@@ -47,6 +53,10 @@ class _Reading:
     given: tuple[int, ...]
     said: tuple[int, ...]
     reads: tuple[tuple[int, int, tuple[int, int]], ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.given + self.said
 
 
 class Blip2VQA:
@@ -96,12 +106,14 @@ class Blip2VQA:
             readings = []
             for image, several in enumerate(asked):
                 for place, question in enumerate(several):
-                    if problem := self._problem(question):
-                        found[image, place] = Answer.failed(question.text, problem)
-                    elif question.choices:
-                        readings += self._readings(image, place, question)
-                    else:
-                        found[image, place] = self._open(features, image, question)
+                    try:
+                        self._check(question)
+                        if question.choices:
+                            readings += self._readings(image, place, question)
+                        else:
+                            found[image, place] = self._open(features, image, question)
+                    except NoAnswer as reason:
+                        found[image, place] = Answer.failed(question.text, str(reason))
             for key, scores in self._read(features, readings).items():
                 found[key] = _choice(asked[key[0]][key[1]], *scores)
             answers += [[found[i, p] for p in range(len(several))] for i, several in enumerate(asked)]
@@ -119,12 +131,18 @@ class Blip2VQA:
         """What the language model is shown before each of R questions about picture `index[r]`: (R, Q, W)."""
         return features[index]
 
-    def _problem(self, question: Question) -> str:
+    def _prefix(self, reading: _Reading) -> Hashable:
+        """Equal for readings with equal prefixes."""
+        return reading.image
+
+    def _check(self, question: Question) -> None:
+        """Raises NoAnswer for a question that is too long."""
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         length = self.model.config.num_query_tokens + len(self._given(question.text)) + OPEN_TOKENS
         if limit and length > limit:
-            return f"is {len(self._given(question.text))} tokens long, {length - limit} more than {self.id} can read"
-        return ""
+            raise NoAnswer(
+                f"is {len(self._given(question.text))} tokens long, {length - limit} more than {self.id} can read"
+            )
 
     def _given(self, question: str) -> tuple[int, ...]:
         return self._ids(self.template.format(question), special=True)
@@ -148,9 +166,9 @@ class Blip2VQA:
         """For each question the log-probability of every choice, and the certainty with which it was chosen."""
         logs: dict[tuple[int, int], dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
         certainty: dict[tuple[int, int], float] = {}
-        ordered = sorted(readings, key=lambda r: len(r.given) + len(r.said))
-        for _, chunk in _chunks(ordered, self.batch):
-            log_p = self._next_tokens(features, chunk).float().log_softmax(-1)  # (R, A, V), A the longest answer
+        for batch in self._batches(readings):
+            chunk = [reading for row in batch for reading in row]
+            log_p = self._next_tokens(features, batch).float().log_softmax(-1)  # (R, A, V), A the longest answer
             rows = torch.tensor([row for row, r in enumerate(chunk) for _ in r.reads])
             steps = torch.tensor([step for r in chunk for step, _, _ in r.reads])
             tokens = torch.tensor([token for r in chunk for _, token, _ in r.reads])
@@ -163,10 +181,22 @@ class Blip2VQA:
                     logs[key][spelled] += next(values)
         return {key: (_summed(spelled), certainty[key]) for key, spelled in logs.items()}
 
-    def _next_tokens(self, features: Tensor, readings: Sequence[_Reading]) -> Tensor:
-        """Next-token logits (R, A, V) after the question and 0 to A - 1 tokens of the answer."""
-        index = torch.tensor([r.image for r in readings])
-        prefixes = self._prefixes(features, index, [r.text for r in readings])
+    def _batches(self, readings: Sequence[_Reading]) -> Iterator[Sequence[Sequence[_Reading]]]:
+        """Rows of readings that are read after one prefix; those in a batch are of similar length."""
+        most = 1 if self.seq2seq else min(SIDE_BY_SIDE, self.batch)
+        alike: dict[Hashable, list[_Reading]] = defaultdict(list)
+        for reading in readings:
+            alike[self._prefix(reading)].append(reading)
+        rows = [row for found in alike.values() for _, row in _chunks(found, most)]
+        rows.sort(key=lambda row: sum(len(reading.tokens) for reading in row))
+        for _, batch in _chunks(rows, self.batch // max((len(row) for row in rows), default=1)):
+            yield batch
+
+    def _next_tokens(self, features: Tensor, rows: Sequence[Sequence[_Reading]]) -> Tensor:
+        """Next-token logits (R, A, V) of R readings in rows, after the question and 0 to A - 1 tokens of the answer."""
+        readings = [reading for row in rows for reading in row]
+        index = torch.tensor([row[0].image for row in rows])
+        prefixes = self._prefixes(features, index, [row[0].text for row in rows])
         longest = max(len(r.said) for r in readings) + 1
         if self.seq2seq:
             ids, mask = self._padded([r.given for r in readings])
@@ -178,16 +208,39 @@ class Blip2VQA:
                 decoder_input_ids=said,
                 use_cache=False,
             ).logits
-        ids, mask = self._padded([r.given + r.said for r in readings])
-        hidden = language_states(self.model, prefixes, ids, mask)
-        last = torch.tensor([len(r.given) for r in readings], device=hidden.device) + prefixes.shape[1] - 1
+        hidden = self._side_by_side(prefixes, [[r.tokens for r in row] for row in rows])
+        starts = [start for row in rows for start in accumulate((len(r.tokens) for r in row[:-1]), initial=0)]
+        ends = [start + len(r.given) for start, r in zip(starts, readings, strict=True)]
+        row = torch.tensor([number for number, row in enumerate(rows) for _ in row], device=hidden.device)
+        last = torch.tensor(ends, device=hidden.device) + prefixes.shape[1] - 1
         at = (last[:, None] + torch.arange(longest, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
-        wanted = hidden[torch.arange(len(at), device=hidden.device)[:, None], at]
-        return self.model.language_model.get_output_embeddings()(wanted)
+        return self.model.language_model.get_output_embeddings()(hidden[row[:, None], at])
 
-    def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _side_by_side(self, prefixes: Tensor, rows: Sequence[Sequence[tuple[int, ...]]]) -> Tensor:
+        """Last hidden states (P, Q + L, W) of a decoder-only language model on P rows of texts, L tokens the longest.
+
+        Each text is read as if it followed the row's prefix (P, Q, W) directly: it sees the prefix and itself, and its
+        positions go on from there.
+        """
+        ids, _ = self._padded([[token for text in row for token in text] for row in rows])
+        part, _ = self._padded([[part for part, text in enumerate(row, 1) for _ in text] for row in rows], fill=0)
+        place, _ = self._padded([[place for text in row for place in range(len(text))] for row in rows], fill=0)
+        queries = prefixes.shape[1]
+        part = F.pad(part, (queries, 0))  # (P, Q + L), 0 on the prefix, and on the padding, which comes last
+        seen = ((part == 0)[:, None] | (part[:, None] == part[:, :, None])).tril()
+        unseen = torch.finfo(prefixes.dtype).min
+        positions = torch.arange(queries, device=ids.device).expand(len(rows), -1)
+        return self.model.language_model.get_decoder()(
+            inputs_embeds=_embedded(self.model, prefixes, ids),
+            attention_mask=torch.zeros_like(seen, dtype=prefixes.dtype).masked_fill(~seen, unseen)[:, None],
+            position_ids=torch.cat([positions, queries + place], 1),
+            use_cache=False,
+        ).last_hidden_state
+
+    def _padded(self, sequences: Sequence[Sequence[int]], fill: int | None = None) -> tuple[Tensor, Tensor]:
+        """The sequences (R, L) with `fill`, or else the padding token, on their right, and where they are."""
         lengths = torch.tensor([len(ids) for ids in sequences])
-        ids = torch.full((len(sequences), int(lengths.max())), self.tokenizer.pad_token_id)
+        ids = torch.full((len(sequences), int(lengths.max())), self.tokenizer.pad_token_id if fill is None else fill)
         for row, found in zip(ids, sequences, strict=True):
             row[: len(found)] = torch.tensor(found)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -230,6 +283,9 @@ class InstructBlipVQA(Blip2VQA):
     def _look(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).last_hidden_state
 
+    def _prefix(self, reading: _Reading) -> Hashable:
+        return reading.image, reading.text
+
     def _prefixes(self, features: Tensor, index: Tensor, texts: Sequence[str]) -> Tensor:
         told = self.qformer_tokenizer([self.template.format(t) for t in texts], padding=True, return_tensors="pt")
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
@@ -253,16 +309,12 @@ def load_blip2(folder: str | Path, device: str = "cpu", **settings) -> Blip2VQA:
     return kinds[config.model_type].from_pretrained(folder, device, **settings)
 
 
-def language_states(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (R, Q + L, W) of a decoder-only language model on `prefixes` (R, Q, W), then `ids` (R, L)."""
+def language_logits(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Next-token logits (R, Q + L, V) of a decoder-only language model on `prefixes` (R, Q, W), then `ids` (R, L)."""
     decoder = model.language_model.get_decoder()
     embedded = _embedded(model, prefixes, ids)
-    return decoder(inputs_embeds=embedded, attention_mask=_mask(prefixes, mask), use_cache=False).last_hidden_state
-
-
-def language_logits(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token logits (R, Q + L, V) at every position of `language_states`."""
-    return model.language_model.get_output_embeddings()(language_states(model, prefixes, ids, mask))
+    hidden = decoder(inputs_embeds=embedded, attention_mask=_mask(prefixes, mask), use_cache=False).last_hidden_state
+    return model.language_model.get_output_embeddings()(hidden)
 
 
 def _embedded(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor) -> Tensor:

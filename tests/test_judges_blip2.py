@@ -132,6 +132,18 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(vqa, images):
     assert vqa.ask(images[:2], [[], []]) == [[], []]
 
 
+def test_many_questions_about_a_picture_are_answered_as_each_alone(vqa, images):
+    vqa.batch = 64
+    words = WORDS.split()
+    asked = [Question(f"is there a {' '.join(words[: 1 + number % 7])} {words[number % 17]}?") for number in range(40)]
+    together = vqa.ask(images[:2], [asked, asked[:3]])
+    for number in (0, 15, 16, 39):
+        alone = vqa.ask(images[:1], [asked[number : number + 1]])[0][0]
+        assert together[0][number].margin == pytest.approx(alone.margin, abs=1e-5)
+        assert together[0][number].certainty == pytest.approx(alone.certainty, abs=1e-5)
+    assert np.std([answer.margin for answer in together[0]]) > 1e-2
+
+
 def test_an_open_question_is_answered_in_words(vqa, images):
     question = Question("what colour?", (), "red")
     answer = vqa.ask(images[:1], [[question]])[0][0]
