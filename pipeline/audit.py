@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from judges.base import Judge
-from pipeline.cases import shapes_cases
+from pipeline.cases import shapes_cases, shapes_clips
 from pipeline.examining import examine
 from pipeline.findings import Findings, findings
 from pipeline.labels import read_labels
+from pipeline.launch import Servers
 from pipeline.loop import run_dir
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.runner import process_state
@@ -40,7 +41,9 @@ def audit(config: Any, labels: str | Path | None = None, judge: Judge | None = N
     quiet_libraries()
     settings, progress, device = config.audit, Progress(), str(process_state().device)
     cases = read_labels(labels) if labels else shapes_cases(config, settings.prompts, device)
-    heard = examine(judge or config.judge.build(device), cases, settings.probed, config.seed, progress)
+    clips = () if labels else shapes_clips(config, settings.clips, settings.frames)
+    with Servers(run_dir(config), "audit", progress.say):
+        heard = examine(judge or config.judge.build(device), cases, settings.probed, config.seed, progress, clips)
     found = findings(heard)
     shown = view(config.name, heard, found, settings.mistakes, settings.largest_side)
     page, folder = render(shown), run_dir(config) / "audit"

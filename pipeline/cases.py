@@ -1,7 +1,8 @@
-"""Pictures of which is known whether they follow their prompt: what a judge is audited on."""
+"""Pictures and clips of which is known whether they follow their prompt: what a judge is audited on."""
 
 import io
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from judges.base import Answer
 from judges.images import open_image
 from judges.shapes import flaws
 from judges.shapes.grammar import change_one, parse
+from judges.shapes.motion import Break, Clip, breaks, broken, drifting, shown
 from judges.shapes.oracle import follows, read
 from judges.shapes.questions import queries
-from judges.shapes.render import scene_of
+from judges.shapes.render import render, scene_of
 from models.keys import sample_key
 from pipeline.prompts import PromptRow, draw_key
 from pipeline.settings import UserError
@@ -43,6 +45,29 @@ class Case:
     def image(self) -> np.ndarray:
         """The picture, uint8 (H, W, 3)."""
         return open_image(self.file)
+
+
+@dataclass(frozen=True)
+class ClipCase:
+    """A clip of the embedded world, its prompt, and which frames follow it.
+
+    Attributes:
+        how: what breaks the prompt on the way, in this clip or in its twin.
+    """
+
+    prompt: str
+    how: Break
+    clip: Clip
+    shows: tuple[bool, ...]
+
+    def images(self) -> list[np.ndarray]:
+        """The frames, uint8 (H, W, 3) each."""
+        return list(render(self.clip))
+
+    def truths(self, answers: Sequence[Answer]) -> list[bool | None]:
+        """Whether the expected answer to each question is right in every frame; None where that is not known."""
+        right = {q.text: all(q.answer(scene) for scene in self.clip) for q in queries(parse(self.prompt))}
+        return [right.get(answer.question) for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,23 @@ def shapes_cases(config: Any, count: int, device: str) -> ShapesCases:
         for origin, image in pictures.items():
             cases.append(Case(row.text, row.skill, origin, png(image), float(follows(image, prompt))))
     return ShapesCases(tuple(cases))
+
+
+def shapes_clips(config: Any, count: int, frames: int) -> tuple[ClipCase, ...]:
+    """Twin clips of each of `count` held-out prompts: one follows in every frame, the other is broken on the way.
+
+    Each way to break occurs about equally often, as far as the prompts allow it.
+    """
+    used: Counter[Break] = Counter()
+    found = []
+    for place, row in enumerate(config.prompts.held_out(draw_key(config.seed, "audit", "clips"), count)):
+        rng = random.Random(sample_key(config.seed, "audit", "clips", row.id, place))
+        prompt = parse(row.text)
+        how = min(breaks(prompt), key=used.__getitem__)
+        used[how] += 1
+        for clip in (drifting(prompt, rng, frames), broken(prompt, rng, frames, how)):
+            found.append(ClipCase(row.text, how, clip, shown(prompt, clip)))
+    return tuple(found)
 
 
 def _painted(config: Any, prompts: Sequence[PromptRow], device: str) -> list[np.ndarray]:

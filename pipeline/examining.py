@@ -11,18 +11,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
 
 from judges.audit import margins, reworded, unremembered
 from judges.base import Judge, Question, Verdict
+from judges.cache import CachedVQA
+from judges.frames import PerFrame
 from judges.pairwise import GroupJudge, PairwiseJudge
 from judges.probes import Probe, negated, probes
 from judges.questions import QuestionJudge
 from models.keys import sample_key
-from pipeline.cases import Case, Cases
-from pipeline.findings import Heard, Pair, Trial, Tried
+from pipeline.cases import Case, Cases, ClipCase
+from pipeline.findings import Heard, Pair, Trial, Tried, Watched
 from pipeline.progress import Advance, Progress
 
 WORDINGS = ("Does this figure show {prompt}?", "Does the figure show {prompt}?", "Is this {prompt}?")
@@ -41,18 +45,22 @@ _CALL = 64
 T = TypeVar("T")
 
 
-def examine(judge: Judge, cases: Cases, most: int, seed: int, progress: Progress) -> Heard:
-    """Ask about every case, and about at most `most` of them in each other way.
+def examine(
+    judge: Judge, cases: Cases, most: int, seed: int, progress: Progress, clips: Sequence[ClipCase] = ()
+) -> Heard:
+    """Ask about every case, about at most `most` of them in each other way, and about the `clips`.
 
     A judge that compares the pictures of a prompt with one another is not probed: there is nothing that a changed
-    picture could be compared with. Only of one that asks questions can these be negated and put in other words.
+    picture could be compared with. Only of one that asks questions can these be negated, put in other words, and asked
+    about every frame of a clip.
     """
     most = min(most, len(cases.cases))
     compares, asks = isinstance(judge, GroupJudge), isinstance(judge, QuestionJudge)
     tricks = () if compares else probes(cases.most)
     words = reworded(judge, WORDINGS)
     ways = 1 + compares + asks + len(tricks) + len(words)
-    with progress.track(len(cases.cases) + ways * most, "verdicts", "audit") as advance:
+    watched = clips if asks else ()
+    with progress.track(len(cases.cases) + ways * most + len(watched), "verdicts", "audit") as advance:
         verdicts = _judged(judge, cases.cases, _by_prompt(cases.cases), advance)
         ask = _Examination(cases, [verdicts[place] for place in range(len(verdicts))], most, seed, advance)
         trials = [ask.trial(judge, probe) for probe in tricks]
@@ -67,6 +75,7 @@ def examine(judge: Judge, cases: Cases, most: int, seed: int, progress: Progress
             templates=WORDINGS if words else (),
             wordings=ask.wordings(words),
             order_matters=compares and isinstance(judge.comparer, PairwiseJudge),
+            clips=_watched(judge, watched, advance) if isinstance(judge, QuestionJudge) else (),
         )
 
 
@@ -215,6 +224,22 @@ class _Examination:
             self.advance(self.most - done)
 
 
+def _watched(judge: QuestionJudge, clips: Sequence[ClipCase], advance: Advance) -> tuple[Watched, ...]:
+    """The verdicts on clips of one length, every frame of which is asked about once for both."""
+    frames = max((len(case.clip) for case in clips), default=1)
+    found: list[Watched] = []
+    with TemporaryDirectory() as folder:
+        vqa = CachedVQA(judge.vqa, Path(folder) / "answers.sqlite")
+        throughout, mostly = (
+            QuestionJudge(PerFrame(vqa, frames, reduce), judge.decompose, judge.aggregate) for reduce in ("min", "mean")
+        )
+        for batch in _chunks(clips, max(1, _CALL // frames)):
+            asked = [case.images() for case in batch], [case.prompt for case in batch]
+            found += map(Watched, batch, throughout.score(*asked), mostly.score(*asked))
+            advance(len(batch))
+    return tuple(found)
+
+
 def _said(verdict: Verdict) -> str:
     return ("yes" if verdict.margin > 0 else "no") if verdict.valid else verdict.reason
 
@@ -256,6 +281,6 @@ def _calls(groups: Iterable[Sequence[int]]) -> Iterator[list[int]]:
         yield call
 
 
-def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), _CALL):
-        yield items[start : start + _CALL]
+def _chunks(items: Sequence[T], size: int = _CALL) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

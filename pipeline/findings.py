@@ -10,7 +10,7 @@ from judges.audit import Asked, agreement, decisions, failures, margins, questio
 from judges.base import Verdict
 from judges.pairwise import first_share, flip_rate
 from judges.probes import Probe
-from pipeline.cases import Case, Cases, Refused
+from pipeline.cases import Case, Cases, ClipCase, Refused
 from pipeline.estimates import Accuracy, Calibration, Estimate, accuracy, calibration, mean, share
 from rewards.metrics import correctness
 
@@ -60,6 +60,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """A clip and the verdicts on it: whether it follows its prompt `throughout`, by the smallest margin of its frames,
+    and `mostly`, by their mean."""
+
+    case: ClipCase
+    throughout: Verdict
+    mostly: Verdict
+
+
+@dataclass(frozen=True)
 class Heard:
     """All that a judge said in an audit.
 
@@ -79,6 +89,7 @@ class Heard:
     templates: tuple[str, ...] = ()
     wordings: tuple[tuple[int, tuple[Verdict, ...]], ...] = ()
     order_matters: bool = False
+    clips: tuple[Watched, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,17 @@ class Questioned:
 
 
 @dataclass(frozen=True)
+class Clips:
+    """How often the verdicts on clips are right: on whether they follow their prompt `throughout`, the same `by_how` it
+    is broken in one of two twins, and on whether they follow it `mostly`, in more than half of their frames."""
+
+    frames: int
+    throughout: Accuracy
+    mostly: Accuracy
+    by_how: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
 class Findings:
     """What an audit found out about a judge. None where nothing can be known, or the judge is not of that kind."""
 
@@ -172,6 +194,7 @@ class Findings:
     order: Order | None
     probes: tuple[Probed, ...]
     questions: tuple[Questioned, ...]
+    clips: Clips | None
     tolerated: float = TOLERATED
 
 
@@ -204,6 +227,7 @@ def findings(heard: Heard) -> Findings:
         order=_order(heard.pairs) if heard.order_matters else None,
         probes=tuple(probed(trial) for trial in heard.trials),
         questions=_questions(heard),
+        clips=_clips(heard.clips),
     )
 
 
@@ -241,6 +265,23 @@ def _status(found: Estimate) -> Status:
     if found.interval is None or found.interval[0] <= 1 - TOLERATED <= found.interval[1]:
         return "unclear"
     return "passed" if found.interval[0] > 1 - TOLERATED else "failed"
+
+
+def _clips(watched: Sequence[Watched]) -> Clips | None:
+    if not watched:
+        return None
+    prompts, how = (np.array([getattr(one.case, name) for one in watched]) for name in ("prompt", "how"))
+    shows = np.array([one.case.shows for one in watched], dtype=float)  # (N, F)
+    throughout, always = margins(one.throughout for one in watched), shows.min(1)
+    return Clips(
+        frames=shows.shape[1],
+        throughout=accuracy(throughout, always, prompts),
+        mostly=accuracy(margins(one.mostly for one in watched), shows.mean(1), prompts),
+        by_how={
+            str(kind): accuracy(throughout[how == kind], always[how == kind], prompts[how == kind])
+            for kind in dict.fromkeys(how)
+        },
+    )
 
 
 def _pairs(pairs: Sequence[Pair]) -> Estimate:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 
 import datasets
@@ -22,7 +22,7 @@ from judges.shapes import oracle
 from judges.shapes.grammar import Thing, holds, parse
 from judges.shapes.questions import queries
 from pipeline.audit import audit
-from pipeline.cases import png, shapes_cases
+from pipeline.cases import ShapesCases, png, shapes_cases, shapes_clips
 from pipeline.config import Config
 from pipeline.estimates import accuracy, calibration, share
 from pipeline.examining import examine
@@ -64,10 +64,13 @@ class Eye:
         objects = seen(image.tobytes())
         if found := re.fullmatch(r"is there (no|an?) (.*)\?", text):
             *colour, shape = found[2].split()
-            there = any(Thing(shape, *colour).matches(o.shape, o.colour) for o in objects)
+            there = any(self.meant(Thing(shape, *colour)).matches(o.shape, o.colour) for o in objects)
             return there != (found[1] == "no")
-        prompt = re.fullmatch(r"(?:does (?:this|the) figure show|is this) (.*)\?", text, re.IGNORECASE)[1]
-        return holds(parse(prompt), objects)
+        prompt = parse(re.fullmatch(r"(?:does (?:this|the) figure show|is this) (.*)\?", text, re.IGNORECASE)[1])
+        return holds(replace(prompt, things=tuple(map(self.meant, prompt.things))), objects)
+
+    def meant(self, thing):
+        return thing
 
 
 class Reader(Eye):
@@ -111,6 +114,13 @@ class TwoEyes:
         first, second = (holds(parse(question.text), seen(image.tobytes())) for image in pair)
         margin = 2.0 * first - 2.0 * second + self.bias
         return Answer(question.text, margin if question.expected == "1" else -margin, "1" if margin > 0 else "2")
+
+
+class ColourBlind(Eye):
+    """Takes every colour for every other."""
+
+    def meant(self, thing):
+        return Thing(thing.shape)
 
 
 def shows_and_exists(prompt):
@@ -278,6 +288,62 @@ def test_mistakes_of_either_kind_are_shown_as_such(hear, find):
 def test_the_better_of_two_pictures_stands_on_either_side(hear):
     labels = [pair.label for pair in hear(Eye).pairs]
     assert abs(np.mean(labels) - 0.5) < 0.05
+
+
+@pytest.fixture(scope="module")
+def watch(cases, config):
+    """A judge's findings on 24 clips, and what the page shows of them."""
+    few, clips = ShapesCases(cases.cases[:4]), shapes_clips(config, 12, 4)
+
+    @cache
+    def watched(vqa):
+        heard = examine(QuestionJudge(vqa(), shows_and_exists), few, 4, 0, Progress(visible=False), clips)
+        return findings(heard).clips, view("run", heard, findings(heard), 2, 64).clips
+
+    return watched
+
+
+def test_clips_are_twins_of_held_out_prompts_broken_in_every_way(config):
+    clips = shapes_clips(config, 12, 4)
+    assert [all(case.shows) for case in clips] == [True, False] * 12
+    assert all(whole.prompt == broken.prompt for whole, broken in zip(clips[::2], clips[1::2], strict=True))
+    assert {case.how for case in clips} == {"vanishes", "shape", "colour", "crosses"}
+    assert {parse(case.prompt).split for case in clips} == {"eval"}
+    assert shapes_clips(config, 12, 4) == clips
+
+
+def test_an_honest_judge_can_tell_a_broken_clip(watch):
+    found, shown = watch(Eye)
+    assert found.frames == 4
+    assert found.throughout.balanced.value == found.throughout.auc.value == 1
+    assert {kind.balanced.value for kind in found.by_how.values()} == {1.0}
+    (example,) = shown
+    assert (example.said, example.right) == ("no", True)
+    assert example.how
+    assert not all(follows for _, follows in example.frames)
+    assert not any(answer.wrong for answer in example.evidence)
+
+
+def test_a_judge_that_sees_no_colours_misses_their_change_only(watch):
+    found, shown = watch(ColourBlind)
+    assert found.throughout.follow.value == 1
+    assert {how: kind.stray.value for how, kind in found.by_how.items() if how != "crosses"} == {
+        "vanishes": 1.0,
+        "shape": 1.0,
+        "colour": 0.0,
+    }
+    assert "an object takes another colour" in {strip.how for strip in shown}
+    assert all(strip.said == "yes" and not strip.right and len(strip.frames) == 4 for strip in shown)
+    assert all(any(answer.wrong for answer in strip.evidence) for strip in shown)
+
+
+def test_most_of_the_time_is_less_than_throughout(watch):
+    found, shown = watch(Yes)
+    assert found.throughout.follow.count == found.throughout.stray.count == 12
+    assert found.mostly.follow.count > 12 > found.mostly.stray.count > 0
+    assert found.mostly.balanced.value == found.throughout.balanced.value == 0.5
+    assert len(shown) == 2
+    assert watch(Eye)[0].mostly.follow.value > 0.9
 
 
 @pytest.fixture
@@ -474,7 +540,7 @@ def test_labels_are_audited_into_a_page_that_reaches_for_nothing(table, config):
     assert found.accuracy.plain.value == 1
     assert numbers["accuracy"]["plain"]["count"] == 12
     assert numbers["material"]["refused"][0] == {"row": 7, "reason": found.material.refused[0].reason}
-    assert found.wordings is found.order is None  # such a judge asks no questions
+    assert found.wordings is found.order is found.clips is None  # such a judge asks no questions
     assert {probe.name for probe in found.probes} >= WRITING
     assert "negation" not in behaved(found)
     assert "13 rows of the table were left out" in page
@@ -488,12 +554,14 @@ def test_labels_are_audited_into_a_page_that_reaches_for_nothing(table, config):
 
 
 def test_the_judge_of_a_run_is_audited_on_the_embedded_world(config):
-    found = audit(config.model_copy(update={"audit": AuditConfig(prompts=6, probed=6, mistakes=2)}))
+    found = audit(config.model_copy(update={"audit": AuditConfig(prompts=6, probed=6, clips=4, mistakes=2)}))
     page = (run_dir(config) / "audit" / "index.html").read_text()
     assert found.material.pictures == found.accuracy.plain.count == 24
     assert found.repeated.agreement.value == 1
     assert len(found.by_skill) == 6
     assert len(found.by_origin) == 4
+    assert found.clips.throughout.plain.count == 8
+    assert 'class="strip"' in page
     assert page.count('class="mistake"') >= 1
     assert 'aria-label="Probability that the judge gave' in page
 

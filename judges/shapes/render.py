@@ -27,7 +27,7 @@ PALETTE = {
 PALETTE_RGB = np.array([PALETTE[c] for c in COLOURS])
 
 _GAP = 2.0  # pixels between the boxes of two objects, so that their edges never mix
-_BORDER = 1.0
+BORDER = 1.0  # pixels between an object and the edge
 _LEAD = 3.0  # how far one axis must lead the other for a relation to be beyond doubt
 
 _LATTICE = (6.0, 10.0, 14.0, 18.0, 22.0, 26.0)
@@ -96,15 +96,16 @@ def scene_of(prompt: Prompt, rng: random.Random, lattice: bool = False) -> Scene
     while True:
         radii = [_LATTICE_RADII[len(things) > 2] if lattice else rng.uniform(least, most) for _ in things]
         spots = [(_centre(r, rng, lattice), _centre(r, rng, lattice)) for r in radii]
-        if _apart(spots, radii) and _related(prompt.relation, spots):
+        if apart(spots, radii) and related(prompt.relation, spots):
             return tuple(Item(t.shape, t.colour, x, y, r) for t, (x, y), r in zip(things, spots, radii, strict=True))
 
 
 def _centre(radius: float, rng: random.Random, lattice: bool) -> float:
-    return rng.choice(_LATTICE) if lattice else rng.uniform(radius + _BORDER, SIZE - radius - _BORDER)
+    return rng.choice(_LATTICE) if lattice else rng.uniform(radius + BORDER, SIZE - radius - BORDER)
 
 
-def _apart(spots: list[tuple[float, float]], radii: list[float]) -> bool:
+def apart(spots: Sequence[tuple[float, float]], radii: Sequence[float]) -> bool:
+    """Whether no two objects with these centres and half-extents come so close that they could be taken for one."""
     return all(
         max(abs(spots[i][0] - spots[j][0]), abs(spots[i][1] - spots[j][1])) >= radii[i] + radii[j] + _GAP
         for i in range(len(spots))
@@ -112,7 +113,8 @@ def _apart(spots: list[tuple[float, float]], radii: list[float]) -> bool:
     )
 
 
-def _related(wanted: str | None, spots: list[tuple[float, float]]) -> bool:
+def related(wanted: str | None, spots: Sequence[tuple[float, float]]) -> bool:
+    """Whether the first centre stands beyond doubt to the second as `wanted`; None asks for nothing."""
     if wanted is None:
         return True
     (xa, ya), (xb, yb) = spots

@@ -1,6 +1,7 @@
 """An audit as one page: what was found, and the pictures on which it was found."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -8,13 +9,21 @@ from judges.audit import margins
 from judges.base import Answer, Verdict, probability
 from pipeline.cases import Case, png
 from pipeline.estimates import Calibration
-from pipeline.findings import Findings, Heard, Probed, Trial, Tried, behaved
+from pipeline.findings import Findings, Heard, Probed, Trial, Tried, Watched, behaved
 from pipeline.report import figures
 from pipeline.report.audit_words import BELIEVED, USEFUL, Conclusion, conclusion
 from pipeline.report.pages import page
 from pipeline.report.pictures import Picture, picture
 
 EXAMPLES = 3
+
+HOW = {
+    "vanishes": "an object vanishes",
+    "shape": "an object takes another shape",
+    "colour": "an object takes another colour",
+    "crosses": "an object goes to another side",
+}
+"""What breaks clips, by its name."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,28 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """The frames of a clip, which of them follow, what breaks it, or "", and the verdict, given with the probability
+    `sure`."""
+
+    frames: tuple[tuple[Picture, bool], ...]
+    prompt: str
+    how: str
+    said: str
+    sure: float
+    right: bool
+    evidence: tuple[Evidence, ...]
+
+
+@dataclass(frozen=True)
 class View:
     """All that the page shows.
 
     Attributes:
         name: of the run.
         false_yes, false_no: the surest wrong verdicts of either kind.
+        clips: up to `EXAMPLES` of either kind of wrong verdict, the surest first, or else one that was right.
+        how: what breaks clips, by its name.
         reliability: SVG; empty without valid verdicts.
         believed, useful: the accuracies from which the page's first sentences call a judge so.
     """
@@ -82,7 +107,9 @@ class View:
     probes: tuple[Shown, ...]
     false_yes: tuple[Mistake, ...]
     false_no: tuple[Mistake, ...]
+    clips: tuple[Strip, ...]
     reliability: str
+    how: Mapping[str, str] = field(default_factory=lambda: HOW)
     believed: float = BELIEVED
     useful: float = USEFUL
 
@@ -99,6 +126,7 @@ def view(name: str, heard: Heard, found: Findings, mistakes: int, side: int) -> 
         ),
         false_yes=_mistakes(heard, True, mistakes, side),
         false_no=_mistakes(heard, False, mistakes, side),
+        clips=_strips(heard.clips, min(mistakes, EXAMPLES), side),
         reliability=_reliability(found.calibration),
     )
 
@@ -124,10 +152,46 @@ def _mistakes(heard: Heard, yes: bool, count: int, side: int) -> tuple[Mistake, 
 
 
 def _mistake(heard: Heard, case: Case, verdict: Verdict, side: int) -> Mistake:
-    truths = heard.cases.truths(case, verdict.evidence)
-    evidence = tuple(_evidence(answer, truth) for answer, truth in zip(verdict.evidence, truths, strict=True))
-    said = "yes" if verdict.margin > 0 else "no"
-    return Mistake(_picture(case.image(), side), case.prompt, case.origin, said, _sure(verdict.margin), evidence)
+    evidence = _evidences(verdict.evidence, heard.cases.truths(case, verdict.evidence))
+    said, sure = _said(verdict)
+    return Mistake(_picture(case.image(), side), case.prompt, case.origin, said, sure, evidence)
+
+
+def _strips(watched: Sequence[Watched], count: int, side: int) -> tuple[Strip, ...]:
+    """Up to `count` broken clips that passed for whole, as many whole ones that did not, or else a broken one that was
+    told."""
+    answered = sorted((one for one in watched if one.throughout.valid), key=lambda one: -abs(one.throughout.margin))
+    kinds = [(all(one.case.shows), one.throughout.margin > 0) for one in answered]
+    missed, refused, told = (
+        [one for one, kind in zip(answered, kinds, strict=True) if kind == wanted]
+        for wanted in ((False, True), (True, False), (False, False))
+    )
+    wrong = missed[:count] + refused[:count]
+    return tuple(_strip(one, not wrong, side) for one in wrong or told[:1])
+
+
+def _strip(watched: Watched, right: bool, side: int) -> Strip:
+    case, verdict = watched.case, watched.throughout
+    return Strip(
+        frames=tuple(
+            (_picture(image, side), follows) for image, follows in zip(case.images(), case.shows, strict=True)
+        ),
+        prompt=case.prompt,
+        how="" if all(case.shows) else HOW[case.how],
+        said=_said(verdict)[0],
+        sure=_said(verdict)[1],
+        right=right,
+        evidence=_evidences(verdict.evidence, case.truths(verdict.evidence)),
+    )
+
+
+def _said(verdict: Verdict) -> tuple[str, float]:
+    """The verdict and the probability with which it was given."""
+    return "yes" if verdict.margin > 0 else "no", _sure(verdict.margin)
+
+
+def _evidences(answers: Sequence[Answer], truths: Sequence[bool | None]) -> tuple[Evidence, ...]:
+    return tuple(_evidence(answer, truth) for answer, truth in zip(answers, truths, strict=True))
 
 
 def _evidence(answer: Answer, truth: bool | None) -> Evidence:

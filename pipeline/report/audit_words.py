@@ -104,6 +104,11 @@ def _on_accuracy(found: Findings) -> Iterator[str]:
     for skill, accuracy in found.by_skill.items():
         if _above(found.accuracy.balanced, accuracy.balanced):
             yield f"It is weaker on {skill.replace('_', ' ')}: {estimate(accuracy.balanced)} right."
+    if found.clips and _above(found.accuracy.balanced, found.clips.throughout.balanced):
+        yield (
+            "It is weaker on clips than on pictures: it is right about "
+            f"{estimate(found.clips.throughout.balanced)} of them, as every frame has to follow."
+        )
 
 
 def _above(higher: Estimate, lower: Estimate) -> bool:
