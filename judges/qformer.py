@@ -1,10 +1,10 @@
 """Training a BLIP-2 judge from scratch, on data handed to it: a chain of short tasks, each on the last one's weights.
 
 `vision` teaches a small ViT a dense task on its patches, since nothing pretrained is at hand, and freezes it.
-`matching` is the paper's first stage (2301.12597, section 3.2), image-text matching through a Q-Former that
-reads the text, with hard negatives; contrastive and captioning losses are left out. `answering` is its second
-stage (section 3.3): the Q-Former without text feeds a language model, which describes pictures and answers
-questions; the language model is trained as well, since it is new.
+`matching` is image-text matching from the paper's first stage (2301.12597, section 3.2), through a Q-Former that reads
+the text, with hard negatives; `judges.stage1` has the whole stage. `answering` is its second stage (section 3.3): the
+Q-Former without text feeds a language model, which describes pictures and answers questions; the language model is
+trained as well, since it is new, or reads texts alone first and is frozen.
 """
 
 from collections.abc import Sequence
@@ -137,6 +137,13 @@ def answering_loss(
     losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (target != IGNORED).float()
     return ((losses.view_as(target) * counted).sum(1) / counted.sum(1)).mean()
+
+
+def reading_loss(model: Blip2ForConditionalGeneration, ids: Tensor) -> Tensor:
+    """Next-token cross-entropy of texts (R, L) that the language model reads without a picture."""
+    there = ids != model.config.text_config.pad_token_id
+    logits = model.language_model(input_ids=ids, attention_mask=there, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits[there[:, 1:]], ids[:, 1:][there[:, 1:]])
 
 
 def sequences(

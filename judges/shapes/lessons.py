@@ -35,6 +35,15 @@ class Matching:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Pictures (B, SIZE, SIZE, 3) with a true text each, and whether picture i follows text j, bool (B, B)."""
+
+    images: np.ndarray
+    texts: list[str]
+    follows: np.ndarray
+
+
+@dataclass(frozen=True)
 class Answering:
     """Pictures with texts to complete: row r, (given, to say), is about picture `index[r]`."""
 
@@ -61,6 +70,19 @@ def matching_batch(rng: random.Random, size: int) -> Matching:
     labels = [[holds(p, example.objects) for p in told] for told, (_, example) in zip(texts, drawn, strict=True)]
     images = np.stack([example.image for _, example in drawn])
     return Matching(images, [[p.text for p in told] for told in texts], np.array(labels))
+
+
+def contrast_batch(rng: random.Random, size: int) -> Contrast:
+    """A true text of each picture; pictures of which the grammar has nothing true to say are left out."""
+    drawn: list[tuple[Prompt, Example]] = []
+    while len(drawn) < size:
+        prompt, example = _example(rng)
+        told = prompt if holds(prompt, example.objects) and rng.random() < 0.5 else retell(example.objects, rng)
+        if told:
+            drawn.append((told, example))
+    follows = [[holds(told, example.objects) for told, _ in drawn] for _, example in drawn]
+    images = np.stack([example.image for _, example in drawn])
+    return Contrast(images, [told.text for told, _ in drawn], np.array(follows))
 
 
 def answering_batch(rng: random.Random, size: int, questions: int, template: str) -> Answering:

@@ -32,15 +32,17 @@ from judges.qformer import (
     dense_loss,
     inherit,
     matching_loss,
+    reading_loss,
     sequences,
     small_config,
 )
 from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, Example, clean, patch_targets
 from judges.shapes.grammar import SKILLS, Prompt, change_one, sample_prompt, vocabulary
-from judges.shapes.lessons import answering_batch, matching_batch, vision_examples
+from judges.shapes.lessons import answering_batch, contrast_batch, matching_batch, vision_examples
 from judges.shapes.oracle import gold
 from judges.shapes.questions import queries, question_vocabulary
 from judges.shapes.render import SIZE, Scene, render, scene_of
+from judges.stage1 import stage1_losses
 from models.codec import Codec, codec_loss, to_images, to_pixels
 from models.generator import NativeGenerator, sample
 from models.keys import sample_key
@@ -95,6 +97,12 @@ class JudgeJob(Section):
     """A BLIP-2 in three tasks: vision, matching, answering (see `judges.qformer`).
 
     A share `repainted` of the pictures is shown as the generator in `painter` would paint it, through its codec.
+
+    Attributes:
+        first_stage: `itm`, matching with hard texts made for each picture; or `paper`, contrast, matching and
+            generation with the texts of the batch (see `judges.stage1`).
+        language: whether the language model is `trained` along with answering, or reads texts alone for `reading_steps`
+            and is then `frozen`, as the paper's is.
     """
 
     type: Literal["judge"]
@@ -105,6 +113,9 @@ class JudgeJob(Section):
     vision_steps: int = Field(600, ge=1)
     matching_steps: int = Field(1200, ge=1)
     answering_steps: int = Field(11500, ge=1)
+    first_stage: Literal["itm", "paper"] = "itm"
+    language: Literal["trained", "frozen"] = "trained"
+    reading_steps: int = Field(600, ge=1)
     batch: int = 64
     questions: int = 4
     length: int = 32
@@ -278,38 +289,37 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
             torch.from_numpy(batch.labels),
         )
 
+    def stage1_at(step: int) -> Tensor:
+        batch = contrast_batch(rng_at("stage1", step), job.batch)
+        ids, mask = _padded(tokenizer, batch.texts)
+        random = torch.Generator().manual_seed(sample_key(seed, "stage1", step, "negatives"))
+        pixels, follows = seen(batch.images, "stage1", step), torch.from_numpy(batch.follows)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return stage1_losses(matcher, pixels, ids, mask, follows, ends, random).total
+
+    def reading_at(step: int) -> Tensor:
+        batch = answering_batch(rng_at("reading", step), job.batch // 2, job.questions, TEMPLATE)
+        return reading_loss(model, sequences(tokenizer, batch.texts, job.length)[0])
+
     def answering_at(step: int) -> Tensor:
         batch = answering_batch(rng_at("answering", step), job.batch // 2, job.questions, TEMPLATE)
         ids, target = sequences(tokenizer, batch.texts, job.length)
         return answering_loss(model, seen(batch.images, "answering", step), torch.tensor(batch.index), ids, target)
 
-    settings = job.optimisation
-    vision = {"vision": matcher.vision_model, "head": head}
-    _train("vision", vision_at, vision, job.vision_steps, job.vision_steps // 3, settings, folder, progress)
+    def teach(task: str, loss_at: Callable[[int], Tensor], modules: Mapping[str, nn.Module], steps: int) -> None:
+        _train(task, loss_at, modules, steps, steps // 3, job.optimisation, folder, progress)
+
+    teach("vision", vision_at, {"vision": matcher.vision_model, "head": head}, job.vision_steps)
     matcher.vision_model.requires_grad_(False)
-    _train(
-        "matching",
-        matching_at,
-        {"matcher": matcher},
-        job.matching_steps,
-        job.matching_steps // 3,
-        settings,
-        folder,
-        progress,
-    )
+    first_at = matching_at if job.first_stage == "itm" else stage1_at
+    teach("matching", first_at, {"matcher": matcher}, job.matching_steps)
     inherit(model, matcher)
     model.vision_model.requires_grad_(False)
     tokenizer.model_max_length = job.length
-    _train(
-        "answering",
-        answering_at,
-        {"model": model},
-        job.answering_steps,
-        job.answering_steps // 3,
-        settings,
-        folder,
-        progress,
-    )
+    if job.language == "frozen":
+        teach("reading", reading_at, {"language": model.language_model}, job.reading_steps)
+        model.language_model.requires_grad_(False)
+    teach("answering", answering_at, {"model": model}, job.answering_steps)
 
     pictures = BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for part, name in ((model, "vqa"), (matcher, "itm")):
