@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, log_expit, logsumexp
 
 from judges.base import VQA, Answer, Comparer, Judge, Question, Sample, Verdict, images_of, probability
+from judges.questions import Whole
 
 Wording = Callable[[str], Sequence[Question]]
 """The questions which of two images is better for a prompt: two choices, the one that names the first is expected."""
@@ -26,13 +27,10 @@ class Better:
     """Which image shows the prompt better, in each of several `templates` with `{prompt}` in it."""
 
     def __init__(self, templates: Sequence[str] = ('Which image shows "{prompt}" better, image 1 or image 2?',)):
-        for template in templates:
-            if template.count("{prompt}") != 1:
-                raise ValueError(f"templates: {template!r} must hold {{prompt}} once")
-        self.templates = tuple(templates)
+        self.whole = Whole(templates)
 
     def __call__(self, prompt: str) -> list[Question]:
-        return [Question(t.replace("{prompt}", prompt), ("1", "2"), "1") for t in self.templates]
+        return [replace(question, choices=("1", "2"), expected="1") for question in self.whole(prompt)]
 
 
 class PairwiseJudge:

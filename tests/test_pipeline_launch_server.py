@@ -164,7 +164,8 @@ def test_a_server_that_will_not_stop_is_killed(fake, tmp_path, monkeypatch):
 def test_nothing_is_left_when_the_run_is_killed(fake, tmp_path, number):
     run = tmp_path / "run.py"
     run.write_text(
-        "import sys, time\nfrom pathlib import Path\nfrom pipeline.launch import Serve, Servers, start\n"
+        "import signal, time\nfrom pathlib import Path\nfrom pipeline.launch import Serve, Servers, start\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"with Servers(Path({str(tmp_path)!r}), 'judge', print):\n"
         f"    start(Serve.model_validate_json({fake().model_dump_json()!r}), [])\n"
         "    print('up', flush=True)\n    time.sleep(600)\n"
@@ -176,7 +177,7 @@ def test_nothing_is_left_when_the_run_is_killed(fake, tmp_path, number):
     assert any(line == "up\n" for line in child.stdout)
     assert len(alive(tmp_path)) == 2
     child.send_signal(number)
-    child.wait()
+    child.wait(60)
     assert soon(lambda: not alive(tmp_path))
 
 
