@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from judges import load_judge
 from judges.shapes.grammar import parse, sample_prompt
@@ -38,13 +39,14 @@ JOBS = {
 def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
 
-    def run(kind):
-        path = folder / f"{kind}.yaml"
-        job = {"type": kind, **JOBS[kind]}
-        settings = {"name": kind, "out": str(folder / "runs"), "publish": str(folder / kind), "job": job}
+    def run(kind, name="", **changes):
+        name = name or kind
+        path = folder / f"{name}.yaml"
+        job = {"type": kind, **JOBS[kind], **changes}
+        settings = {"name": name, "out": str(folder / "runs"), "publish": str(folder / name), "job": job}
         path.write_text(yaml.safe_dump(settings))
         pretrain(load(PretrainConfig, path))
-        return folder / kind
+        return folder / name
 
     return run
 
@@ -69,6 +71,16 @@ def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(
     assert model.config.num_query_tokens == 2
     before = (folder / "vqa" / "model.safetensors").read_bytes()
     assert (published("judge") / "vqa" / "model.safetensors").read_bytes() == before
+
+
+def test_by_the_papers_recipe_the_language_model_stays_as_it_had_read(published):
+    paper = {"first_stage": "paper", "language": "frozen", "reading_steps": 2}
+    short, long = (
+        load_file(published("judge", f"paper-{steps}", answering_steps=steps, **paper) / "vqa" / "model.safetensors")
+        for steps in (1, 3)
+    )
+    still = {name for name in short if torch.equal(short[name], long[name])}
+    assert still == {name for name in short if name.startswith(("vision_model.", "language_model."))}
 
 
 def test_only_the_share_asked_for_is_repainted_and_stays_a_picture():
