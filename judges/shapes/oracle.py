@@ -52,8 +52,9 @@ def read(image: np.ndarray) -> tuple[Seen, ...]:
     # The faint rim of an object belongs to it: each pixel goes to its nearest component within two pixels.
     distance, (rows, cols) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
     grown = np.where(distance <= 2.0, labels[rows, cols], 0)
-    seen = [_identify(np.where(grown == k, alpha, 0.0), colour) for k in range(1, count + 1)]
-    return tuple(sorted((s for s in seen if s.area >= MIN_AREA), key=lambda s: -s.area))
+    parts = [np.where(grown == k, alpha, 0.0) for k in range(1, count + 1)]
+    seen = [_identify(part, colour) for part in parts if part.sum() >= MIN_AREA]
+    return tuple(sorted(seen, key=lambda s: -s.area))
 
 
 def _identify(alpha: np.ndarray, colour: np.ndarray) -> Seen:
