@@ -18,7 +18,7 @@ run: .venv/ready
 	$(BIN)/python -m pipeline run configs/shapes.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
