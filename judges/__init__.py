@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "cache": ["CachedVQA"],
         "chat": ["ChatVQA"],
         "constitution": ["Constitution", "Principle"],
-        "decompose": ["LLMDecompose", "QuestionFile"],
+        "decompose": ["QuestionFile", "fill_questions"],
         "ensemble": ["Ensemble"],
         "frames": ["PerFrame", "WholeClip", "for_clips"],
         "loading": ["load_judge"],

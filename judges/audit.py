@@ -7,12 +7,17 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from judges.base import Judge, Verdict
+from judges.base import Comparer, Judge, Verdict
 from judges.cache import CachedVQA
+from judges.ensemble import Ensemble
+from judges.pairwise import GroupJudge, PairwiseJudge, ScoreComparer
 from judges.questions import QuestionJudge, Whole
+
+J = TypeVar("J", Judge, Comparer)
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,18 @@ def questions_asked(
     return sorted(asked, key=lambda one: (-sum(one.wrong), -np.mean(one.wrong), one.question))
 
 
-def unremembered(judge: Judge) -> Judge:
-    """`judge` without its cache: asked twice, it answers twice."""
-    if not isinstance(judge, QuestionJudge) or not isinstance(judge.vqa, CachedVQA):
-        return judge
+def unremembered(judge: J) -> J:
+    """A judge, or a comparer, without the caches in it: asked twice, it answers twice."""
     fresh = copy.copy(judge)
-    fresh.vqa = judge.vqa.vqa
+    match fresh:
+        case QuestionJudge(vqa=CachedVQA(vqa=inner)) | PairwiseJudge(vqa=CachedVQA(vqa=inner)):
+            fresh.vqa = inner
+        case ScoreComparer(judge=scorer):
+            fresh.judge = unremembered(scorer)
+        case GroupJudge(comparer=comparer):
+            fresh.comparer = unremembered(comparer)
+        case Ensemble(judges=members):
+            fresh.judges = tuple(unremembered(member) for member in members)
     return fresh
 
 

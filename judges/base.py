@@ -13,6 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+TEMPLATE = "Question: {} Answer:"
+"""What a BLIP-2 was taught to answer after (2301.12597, section 4.3), with the question in it."""
+
 Sample = np.ndarray | Sequence[np.ndarray]
 """A picture, uint8 (H, W, 3), or several in order: the frames of a clip, the views of an object, two to compare."""
 
@@ -125,6 +128,11 @@ class Verdict:
         return probability(self.margin) if self.valid else math.nan
 
     @property
+    def disagreement(self) -> float:
+        """Standard deviation, in nats, of the margins of several judges; NaN of one judge's verdict."""
+        return math.nan
+
+    @property
     def certainty(self) -> float:
         """Mean self-certainty, in nats, of the answers of which it is known; NaN where of none."""
         known = [answer.certainty for answer in self.evidence if not math.isnan(answer.certainty)]
@@ -161,6 +169,14 @@ class Comparer(Protocol):
     template: str
 
     def compare(self, first: Sequence[Sample], second: Sequence[Sample], prompts: Sequence[str]) -> list[Verdict]: ...
+
+
+def bare_verdict(judge: Judge, margin: float, excess: int) -> Verdict:
+    """The verdict of a judge that asks nothing; `excess` tokens of the prompt, if above 0, are more than it reads."""
+    reason = f"the prompt is {excess} tokens longer than {judge.id} can read" if excess > 0 else ""
+    if not reason and not math.isfinite(margin):
+        reason = "no finite margin"
+    return Verdict(math.nan if reason else margin, (), judge.id, judge.template, not reason, reason)
 
 
 def probability(margin: float) -> float:

@@ -28,10 +28,9 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from judges.base import Answer, Question, Sample, only_image
+from judges.base import TEMPLATE, Answer, Question, Sample, only_image
 from judges.replies import NoAnswer, choice_answer, spellings
 
-TEMPLATE = "Question: {} Answer:"
 OPEN_TOKENS = 16
 """The length of an answer to an open question, in tokens."""
 SIDE_BY_SIDE = 16
@@ -91,7 +90,7 @@ class Blip2VQA:
             Blip2ForConditionalGeneration.from_pretrained(folder).to(device),
             AutoTokenizer.from_pretrained(folder),
             BlipImageProcessorPil.from_pretrained(folder),
-            **settings,
+            **{"id": str(folder), **settings},
         )
 
     @torch.inference_mode()
@@ -137,12 +136,14 @@ class Blip2VQA:
 
     def _check(self, question: Question) -> None:
         """Raises NoAnswer for a question that is too long."""
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        length = self.model.config.num_query_tokens + len(self._given(question.text)) + OPEN_TOKENS
-        if limit and length > limit:
-            raise NoAnswer(
-                f"is {len(self._given(question.text))} tokens long, {length - limit} more than {self.id} can read"
-            )
+        if (excess := self._excess(question.text)) > 0:
+            length = len(self._given(question.text))
+            raise NoAnswer(f"is {length} tokens long, {excess} more than {self.id} can read")
+
+    def _excess(self, question: str) -> float:
+        """By how many tokens a question is too long; a T5, whose positions are relative, has no limit."""
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None) or math.inf
+        return self.model.config.num_query_tokens + len(self._given(question)) + OPEN_TOKENS - limit
 
     def _given(self, question: str) -> tuple[int, ...]:
         return self._ids(self.template.format(question), special=True)
@@ -277,11 +278,15 @@ class InstructBlipVQA(Blip2VQA):
             AutoTokenizer.from_pretrained(folder),
             BlipImageProcessorPil.from_pretrained(folder),
             qformer_tokenizer=AutoTokenizer.from_pretrained(folder, subfolder="qformer_tokenizer"),
-            **settings,
+            **{"id": str(folder), **settings},
         )
 
     def _look(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    def _excess(self, question: str) -> float:
+        told = len(self.qformer_tokenizer(self.template.format(question)).input_ids)
+        return max(super()._excess(question), told - self.model.config.qformer_config.max_position_embeddings)
 
     def _prefix(self, reading: _Reading) -> Hashable:
         return reading.image, reading.text

@@ -50,10 +50,6 @@ class CachedVQA:
     Answers are those of `vqa`, and so are id, template and number of pictures. Only valid answers are kept: what
     failed is asked again next time. A damaged file is set aside under another name, with a warning, and begun anew.
 
-    Attributes:
-        hits: how many questions were answered without asking `vqa`.
-        misses: how many it was asked.
-
     Raises:
         ValueError: the file is an SQLite database of something else.
     """
@@ -61,7 +57,6 @@ class CachedVQA:
     def __init__(self, vqa: VQA, path: str | Path):
         self.vqa = vqa
         self.id, self.template, self.most_images = vqa.id, vqa.template, vqa.most_images
-        self.hits = self.misses = 0
         self._store = _Store(Path(path))
 
     def ask(self, samples: Sequence[Sample], questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
@@ -78,8 +73,6 @@ class CachedVQA:
                     missing.setdefault(digest, (sample, {}))[1][key] = question
         new = self._ask_inner(missing.values()) if missing else {}
         self._store.save({key: answer for key, answer in new.items() if answer.valid})
-        self.misses += len(new)
-        self.hits += sum(map(len, keys)) - len(new)
         answers = found | new
         return [[answers[key] for key in places] for places in keys]
 

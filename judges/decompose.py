@@ -97,11 +97,6 @@ class QuestionFile:
         self.path = Path(path)
         self._questions = _read(self.path, self._content())
 
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """In the order of the file."""
-        return tuple(self._questions)
-
     def __contains__(self, prompt: str) -> bool:
         return prompt in self._questions
 
@@ -126,49 +121,34 @@ class QuestionFile:
         return self.path.read_bytes() if self.path.exists() else b""
 
 
-class LLMDecompose:
-    """The questions that a language model makes of a prompt, kept in `file`, where people can correct them.
+def fill_questions(file: QuestionFile, prompts: Iterable[str], complete: Complete) -> dict[str, str]:
+    """Let a language model write the questions of the prompts that `file` lacks, in one batch.
 
-    A prompt that is in the file is never asked about. Call `prepare` with all prompts before they are judged: it asks
-    in one batch, while a prompt met later is asked about alone. A prompt whose replies were refused is refused again,
-    without asking, until the next `prepare`.
+    Returns:
+        The prompts that could not be taken apart, and why. Their replies were refused twice.
     """
+    waiting = {prompt: "" for prompt in prompts if prompt not in file}
+    for _ in range(_ATTEMPTS):
+        if waiting:
+            taken, waiting = _ask(complete, waiting)
+            file.add(taken)
+    return waiting
 
-    def __init__(self, complete: Complete, file: QuestionFile):
-        self.complete, self.file = complete, file
-        self._refused: dict[str, str] = {}
 
-    def __call__(self, prompt: str) -> tuple[Question, ...]:
-        if prompt not in self.file and prompt not in self._refused:
-            self.prepare([prompt])
-        if prompt in self.file:
-            return self.file(prompt)
-        raise ValueError(f"prompt {prompt!r}: {self._refused[prompt]}; write its questions into {self.file.path}")
-
-    def prepare(self, prompts: Iterable[str]) -> dict[str, str]:
-        """Ask about the prompts that are not in the file; the prompts that could not be taken apart, and why."""
-        waiting = {prompt: "" for prompt in prompts if prompt not in self.file}
-        for _ in range(_ATTEMPTS):
-            if waiting:
-                taken, waiting = self._ask(waiting)
-                self.file.add(taken)
-        self._refused |= waiting
-        return waiting
-
-    def _ask(self, waiting: Mapping[str, str]) -> tuple[dict[str, list[Question]], dict[str, str]]:
-        """Questions of the prompts with a good reply, and reasons for the others, from prompts and earlier reasons."""
-        replies = self.complete([instruction(prompt, reason) for prompt, reason in waiting.items()])
-        if len(replies) != len(waiting):
-            raise ValueError(f"complete: {len(replies)} replies to {len(waiting)} instructions; it must give one each")
-        taken, refused = {}, {}
-        for prompt, reply in zip(waiting, replies, strict=True):
-            try:
-                if isinstance(reply, NoAnswer):
-                    raise reply
-                taken[prompt] = read_reply(reply)
-            except (NoAnswer, ValueError) as error:
-                refused[prompt] = str(error)
-        return taken, refused
+def _ask(complete: Complete, waiting: Mapping[str, str]) -> tuple[dict[str, list[Question]], dict[str, str]]:
+    """Questions of the prompts with a good reply, and reasons for the others, from prompts and earlier reasons."""
+    replies = complete([instruction(prompt, reason) for prompt, reason in waiting.items()])
+    if len(replies) != len(waiting):
+        raise ValueError(f"complete: {len(replies)} replies to {len(waiting)} instructions; it must give one each")
+    taken, refused = {}, {}
+    for prompt, reply in zip(waiting, replies, strict=True):
+        try:
+            if isinstance(reply, NoAnswer):
+                raise reply
+            taken[prompt] = read_reply(reply)
+        except (NoAnswer, ValueError) as error:
+            refused[prompt] = str(error)
+    return taken, refused
 
 
 def instruction(prompt: str, refused: str = "") -> str:

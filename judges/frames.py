@@ -68,8 +68,11 @@ class PerFrame:
                 return Answer.failed(question.text, f"frame {number} of {len(answers)}: {failure}")
         margins = [answer.margin for answer in answers]
         margin = min(margins) if self.reduce == "min" else math.fsum(margins) / len(margins)
-        weakest = min(answers, key=lambda answer: answer.margin)
-        text = question.expected if margin > 0 and not question.scale else weakest.text
+        text = min(answers, key=lambda answer: answer.margin).text
+        if question.scale and self.reduce == "mean":
+            text = f"{math.fsum(float(answer.text) for answer in answers) / len(answers):.3f}"
+        elif margin > 0 and not question.scale:
+            text = question.expected
         return Answer(question.text, margin, text, math.fsum(a.certainty for a in answers) / len(answers))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from judges.base import Sample, Verdict, only_image
+from judges.base import Sample, Verdict, bare_verdict, only_image
 
 TEMPERATURE = 0.07
 """Of the contrastive loss at its start; the published checkpoints do not hold what it became."""
@@ -40,31 +40,35 @@ class MatchingJudge:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu", **settings) -> "MatchingJudge":
-        """Load from a local folder or a hub id; `settings` are those of the constructor."""
+        """Load from a local folder or a hub id; `settings` are those of the constructor.
+
+        Raises:
+            ValueError: the checkpoint has no heads to match with.
+        """
+        model, report = Blip2ForImageTextRetrieval.from_pretrained(folder, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"checkpoint: {folder} lacks {missing[0]} and so cannot match; use one that was saved by "
+                "Blip2ForImageTextRetrieval"
+            )
         return cls(
-            Blip2ForImageTextRetrieval.from_pretrained(folder).to(device),
+            model.to(device),
             AutoTokenizer.from_pretrained(folder),
             BlipImageProcessorPil.from_pretrained(folder),
-            **settings,
+            **{"id": str(folder), **settings},
         )
 
     @torch.inference_mode()
     def score(self, images: Sequence[Sample], prompts: Sequence[str]) -> list[Verdict]:
         limit = self.model.config.qformer_config.max_position_embeddings
-        longer = [len(self.tokenizer(prompt).input_ids) - limit for prompt in prompts]
-        fit = [row for row, excess in enumerate(longer) if excess <= 0]
+        excess = {prompt: len(self.tokenizer(prompt).input_ids) - limit for prompt in dict.fromkeys(prompts)}
+        fit = [row for row, prompt in enumerate(prompts) if excess[prompt] <= 0]
         margins = {}
         for start in range(0, len(fit), self.batch):
             rows = fit[start : start + self.batch]
             found = self._margins([only_image(images[r]) for r in rows], [prompts[r] for r in rows])
             margins.update(zip(rows, found, strict=True))
-        return [self._verdict(margins.get(row, math.nan), excess) for row, excess in enumerate(longer)]
-
-    def _verdict(self, margin: float, excess: int) -> Verdict:
-        reason = f"the prompt is {excess} tokens longer than {self.id} can read" if excess > 0 else ""
-        if not reason and not math.isfinite(margin):
-            reason = "no finite margin"
-        return Verdict(margin if not reason else math.nan, (), self.id, self.template, not reason, reason)
+        return [bare_verdict(self, margins.get(row, math.nan), excess[prompt]) for row, prompt in enumerate(prompts)]
 
     def _margins(self, images: Sequence, prompts: Sequence[str]) -> list[float]:
         pixels = self.image_processor(images, return_tensors="pt").pixel_values

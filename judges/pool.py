@@ -24,7 +24,7 @@ T = TypeVar("T")
 Call = Callable[[dict[str, Any], Callable[[bytes], T]], Awaitable[T]]
 """Sends the arguments of a chat completion and reads the reply's body."""
 
-_PROBES = 3
+PROBES = 3
 """How often the health of a server is asked for before it counts as down."""
 
 
@@ -257,7 +257,7 @@ class Pool:
     async def _served(self, server: Server) -> list[str] | CallFailed:
         """The models that a server reports, or why it does not."""
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(_PROBES), wait=self._jitter, retry=retry_if_exception(_may_succeed), reraise=True
+            stop=stop_after_attempt(PROBES), wait=self._jitter, retry=retry_if_exception(_may_succeed), reraise=True
         )
         try:
             return await retrying(self._look, server)

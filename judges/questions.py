@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from scipy.special import log_expit
 
 from judges.base import VQA, Answer, Question, Sample, Verdict, log_odds
 
@@ -41,7 +42,7 @@ def dsg(questions: Sequence[Question], answers: Sequence[Answer]) -> float:
 
 def product(questions: Sequence[Question], answers: Sequence[Answer]) -> float:
     """All at once, as if independent: the product of the probabilities (BLIP-VQA of T2I-CompBench, 2307.06350)."""
-    log_share = -sum(math.log1p(math.exp(-a.margin)) if a.margin > -30 else -a.margin for a in answers)
+    log_share = float(log_expit([a.margin for a in answers]).sum())
     return log_share - math.log(max(-math.expm1(log_share), 1e-12))
 
 

@@ -272,14 +272,21 @@ def spelling_ids(vocabulary: Mapping[str, int], labels: Sequence[str]) -> tuple[
     Raises:
         NoAnswer: no token spells one of them.
     """
-    bare = {token: token.strip(_AROUND) for token in vocabulary}
     ids: dict[int, None] = {}
-    for label in labels:
-        spellings = sorted((t for t in bare if _spells(bare[t], label)), key=lambda token: (len(token), token))
-        if not spellings:
+    for label, found in tokens_of(vocabulary, labels).items():
+        if not found:
             raise NoAnswer(f"cannot be answered: no single token of the model says {label!r}")
-        ids |= dict.fromkeys(vocabulary[token] for token in spellings[: MOST_LISTED // len(labels)])
+        ids |= dict.fromkeys(found[: MOST_LISTED // len(labels)])
     return tuple(ids)
+
+
+def tokens_of(vocabulary: Mapping[str, int], labels: Sequence[str]) -> dict[str, list[int]]:
+    """The tokens that spell each label, the shortest first."""
+    found: dict[str, list[int]] = {_spelled(label): [] for label in labels}
+    for token in sorted(vocabulary, key=lambda token: (len(token), token)):
+        if (bare := _spelled(token.strip(_AROUND))) in found:
+            found[bare].append(vocabulary[token])
+    return {label: found[_spelled(label)] for label in labels}
 
 
 def spellings(choice: str, encode: Callable[[str], Sequence[int]], unknown: int | None) -> list[tuple[int, ...]]:
@@ -352,9 +359,10 @@ def _text(completion: Completion) -> str:
 
 def _log_mass(tokens: Sequence[Token], label: str) -> float:
     """log P of all spellings of a label, -inf where none is listed. A single character counts in its own case only."""
-    found = [token.logprob for token in tokens if _spells(token.token.strip(_AROUND), label)]
+    found = [token.logprob for token in tokens if _spelled(token.token.strip(_AROUND)) == _spelled(label)]
     return float(logsumexp(found)) if found else -math.inf
 
 
-def _spells(bare: str, label: str) -> bool:
-    return bare == label if len(label) == 1 else bare.casefold() == label.casefold()
+def _spelled(text: str) -> str:
+    """What must be equal in a token and in the label that it says: a single character in its own case."""
+    return text if len(text) == 1 else text.casefold()

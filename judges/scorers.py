@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from judges.base import Sample, Verdict, only_image
+from judges.base import Sample, Verdict, bare_verdict, only_image
 
 Kind = Literal["clipscore", "preference"]
 
@@ -94,20 +94,20 @@ class ClipJudge:
             model.to(device),
             AutoTokenizer.from_pretrained(processor or folder),
             CLIPImageProcessorPil.from_pretrained(processor or folder),
-            **settings,
+            **{"id": str(folder), **settings},
         )
 
     @torch.inference_mode()
     def score(self, images: Sequence[Sample], prompts: Sequence[str]) -> list[Verdict]:
         """One verdict for each picture and its prompt. Raises ValueError for a sample of several pictures."""
         limit = self.model.config.text_config.max_position_embeddings
-        excess = {p: len(self.tokenizer(self.template.format(p)).input_ids) - limit for p in prompts}
+        excess = {p: len(self.tokenizer(self.template.format(p)).input_ids) - limit for p in dict.fromkeys(prompts)}
         fit = [row for row, prompt in enumerate(prompts) if excess[prompt] <= 0]
         seen = self._encoded(self._look, [only_image(images[row]) for row in fit])
         place = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts[row] for row in fit))}
         read = self._encoded(self._tell, list(place))[[place[prompts[row]] for row in fit]]
         margins = dict(zip(fit, self._margins((seen * read).sum(1)), strict=True))
-        return [self._verdict(margins.get(row, math.nan), excess[prompt]) for row, prompt in enumerate(prompts)]
+        return [bare_verdict(self, margins.get(row, math.nan), excess[prompt]) for row, prompt in enumerate(prompts)]
 
     def _encoded(self, encode: Callable[[Sequence], Tensor], items: Sequence) -> Tensor:
         """Unit vectors (N, E) in single precision."""
@@ -128,9 +128,3 @@ class ClipJudge:
         if self.kind == "clipscore":
             return (WEIGHT * cosines.clamp(min=0)).tolist()
         return (self.model.logit_scale.exp().item() * cosines).tolist()
-
-    def _verdict(self, margin: float, excess: int) -> Verdict:
-        reason = f"the prompt is {excess} tokens longer than {self.id} can read" if excess > 0 else ""
-        if not reason and not math.isfinite(margin):
-            reason = "no finite margin"
-        return Verdict(margin if not reason else math.nan, (), self.id, self.template, not reason, reason)

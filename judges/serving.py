@@ -6,7 +6,6 @@ be asked for in every request.
 
 import json
 import string
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from judges.blip2 import TEMPLATE as BLIP2
+from judges.base import TEMPLATE as BLIP2
 from judges.chat import chat_processor
-from judges.replies import TEMPLATE, NoAnswer, spelling_ids, spellings
+from judges.replies import MOST_LISTED, TEMPLATE, NoAnswer, spellings, tokens_of
 from judges.vllm_engine import adds_special, is_blip2
 
 PLAIN = Path(__file__).with_name("templates") / "plain.jinja"
@@ -53,30 +52,23 @@ def served(checkpoint: str | Path, most_images: int) -> Served:
         arguments.append("--dtype=float32")  # of itself vLLM would halve it
     if blip2:
         arguments.append(f"--chat-template={PLAIN}")
-        ids = _labelled(_words(AutoTokenizer.from_pretrained(checkpoint)))
+        ids = _words(AutoTokenizer.from_pretrained(checkpoint))
         return Served(tuple(arguments), BLIP2.format("{question}"), ids, images, {"add_special_tokens": True})
     processor = chat_processor(checkpoint)
-    vocabulary = processor.tokenizer.get_vocab()
-    ids = _labelled(lambda label: spelling_ids(vocabulary, [label]))
+    found = tokens_of(processor.tokenizer.get_vocab(), LABELS)
+    ids = {label: tuple(tokens[:MOST_LISTED]) for label, tokens in found.items() if tokens}
     return Served(tuple(arguments), TEMPLATE, ids, images, {"add_special_tokens": adds_special(processor)})
 
 
-def _words(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Sequence[int]]:
-    """The tokens that `Blip2VQA` reads for a label, if one is enough."""
-
-    def ids(label: str) -> list[int]:
-        found = spellings(label, lambda text: tokenizer(text, add_special_tokens=False).input_ids, None)
-        return [ids[0] for ids in found if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
-
-    return ids
-
-
-def _labelled(ids: Callable[[str], Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """The tokens of those labels that have any."""
-    found: dict[str, tuple[int, ...]] = {}
+def _words(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
+    """The tokens that `Blip2VQA` reads for each label, if one is enough."""
+    found = {}
     for label in LABELS:
         try:
-            found[label] = tuple(ids(label))
+            spelled = spellings(
+                label, lambda text: tokenizer(text, add_special_tokens=False).input_ids, tokenizer.unk_token_id
+            )
         except NoAnswer:
             continue
+        found[label] = tuple(ids[0] for ids in spelled if len(ids) == 1)
     return {label: tokens for label, tokens in found.items() if tokens}

@@ -36,7 +36,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from judges.base import Question
 from judges.blip2 import Blip2VQA, InstructBlipVQA
 from judges.chat import ChatVQA, Talk
-from judges.replies import form_of, spelling_ids, spellings, told
+from judges.replies import NoAnswer, form_of, spelling_ids, spellings, told
 
 Tunable = Blip2VQA | ChatVQA
 OnStep = Callable[[int, int, float], None]
@@ -105,7 +105,10 @@ def check(vqa: object) -> None:
         raise ValueError("reasoning: answers are taught without thoughts before them; set it to 0")
     if not any(re.fullmatch(_TARGETS, name) for name, _ in vqa.model.named_modules()):
         raise ValueError(f"checkpoint: no layer of a {vqa.model.config.model_type} is known that could be tuned")
-    answer_ids(vqa)
+    try:
+        answer_ids(vqa)
+    except NoAnswer as reason:
+        raise ValueError(f"checkpoint: {reason}") from None
 
 
 def tune(

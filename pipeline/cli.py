@@ -41,7 +41,7 @@ _STAGES = {
 
 
 def main() -> None:
-    """Run the command line of this process; bad input becomes one line and exit code 2."""
+    """Run the command line of this process; bad input becomes one line and exit code 2, no judge to ask 75."""
     try:
         app()
     except Unavailable as error:

@@ -61,7 +61,7 @@ def examine(
     ways = 1 + compares + asks + len(tricks) + len(words)
     watched = clips if asks else ()
     with progress.track(len(cases.cases) + ways * most + len(watched), "verdicts", "audit") as advance:
-        verdicts = _judged(judge, cases.cases, _by_prompt(cases.cases), advance)
+        verdicts = judged(judge, cases.cases, _by_prompt(cases.cases), advance)
         ask = _Examination(cases, [verdicts[place] for place in range(len(verdicts))], most, seed, advance)
         trials = [ask.trial(judge, probe) for probe in tricks]
         return Heard(
@@ -98,7 +98,7 @@ class _Examination:
         else:
             places = self._shuffled("again", range(len(self.verdicts)))
             groups = [[place] for place in places[: self.most]]
-        found = _judged(judge, self.cases.cases, groups, self.advance)
+        found = judged(judge, self.cases.cases, groups, self.advance)
         self._complete(len(found))
         return tuple(sorted(found.items()))
 
@@ -107,7 +107,7 @@ class _Examination:
         places = self._shuffled("wordings", range(len(self.verdicts)))[: self.most]
         found = []
         for judge in judges:
-            found.append(_judged(judge, self.cases.cases, [[place] for place in places], self.advance))
+            found.append(judged(judge, self.cases.cases, [[place] for place in places], self.advance))
             self._complete(len(places))
         return tuple((place, tuple(verdicts[place] for verdicts in found)) for place in places if found)
 
@@ -257,7 +257,7 @@ def _by_prompt(cases: Sequence[Case]) -> list[list[int]]:
     return list(found.values())
 
 
-def _judged(
+def judged(
     judge: Judge, cases: Sequence[Case], groups: Iterable[Sequence[int]], advance: Advance
 ) -> dict[int, Verdict]:
     """The verdicts on the cases at these places; what is in a group belongs into one call."""

@@ -13,16 +13,15 @@ from pydantic import Field, model_validator
 
 import judges
 from judges import geneval
+from judges.base import TEMPLATE
 from judges.shapes import questions as shapes
-from pipeline.launch import Serve, start
+from pipeline.launch import SPEED, Serve, start
 from pipeline.settings import Section, UserError
 from pipeline.store import fingerprint, hash_path
 
 if TYPE_CHECKING:
     from judges.base import VQA, Judge
     from judges.questions import Decompose
-
-TEMPLATE = "Question: {} Answer:"
 
 
 @contextmanager
@@ -124,7 +123,7 @@ class ChatModel(Section):
 
     Attributes:
         reasoning: tokens of thought before an answer; `clamp` bounds the probabilities that follow it.
-        engine: more settings of `vllm.LLM`.
+        engine: more settings of `vllm.LLM`, for type vllm.
     """
 
     type: Literal["chat", "vllm"]
@@ -135,9 +134,16 @@ class ChatModel(Section):
     batch: int = Field(8, ge=1)
     engine: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _has_an_engine(self) -> "ChatModel":
+        if self.engine and self.type != "vllm":
+            raise ValueError("engine: holds settings of vLLM; set type to vllm, or leave it out")
+        return self
+
     def depends(self) -> dict[str, Any]:
         settings = self.model_dump(mode="json", exclude={"batch", "engine", "checkpoint"})
-        return {**settings, "checkpoint": checkpoint_id(self.checkpoint)}
+        telling = {name: value for name, value in self.engine.items() if f"--{name.replace('_', '-')}" not in SPEED}
+        return {**settings, "checkpoint": checkpoint_id(self.checkpoint), "engine": telling}
 
     def build(self, device: str) -> "VQA":
         asking = self.model_dump(include={"reasoning", "clamp", "most_images", "batch"})
@@ -215,8 +221,7 @@ class FileQuestions(Section):
         """Let the model write what is missing; the prompts that it could not take apart, and why."""
         if not self.model:
             raise UserError("judge.questions.model: none is set; name the language model that writes the questions")
-        writer = judges.LLMDecompose(self.model.build(device).complete, judges.QuestionFile(self.path))
-        return writer.prepare(prompts)
+        return judges.fill_questions(judges.QuestionFile(self.path), prompts, self.model.build(device).complete)
 
 
 Questions = Annotated[WholeQuestions | RatingQuestions | GrammarQuestions | FileQuestions, Field(discriminator="type")]
@@ -315,7 +320,9 @@ class PairwiseJudge(Judging):
 
     Attributes:
         rounds: every image meets twice as many others.
-        principles: a constitution to compare by, one drawn for each prompt; null to ask which shows the prompt better.
+        principles: a constitution to compare by, one drawn for each prompt, for a model of two images; null to ask
+            which shows the prompt better.
+        tie: probabilities this close to 1/2 become 1/2, for a model of two images.
     """
 
     type: Literal["pairwise"]
@@ -324,16 +331,31 @@ class PairwiseJudge(Judging):
     principles: str | None = None
     rounds: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
+    tie: float = Field(0.0, ge=0, lt=0.5)
 
     def depends(self) -> dict[str, Any]:
-        settings = self.model_dump(mode="json", include={"type", "principles", "rounds", "temperature"})
-        return {**settings, "model": self.model.depends(), "questions": self.questions.depends()}
+        settings = self.model_dump(mode="json", include={"type", "rounds", "temperature", "tie"})
+        principles = self._constitution()
+        return {
+            **settings,
+            "model": self.model.depends(),
+            "questions": self.questions.depends(),
+            "principles": [vars(principle) for principle in principles.principles] if principles else None,
+        }
+
+    def _constitution(self) -> "judges.Constitution | None":
+        with told("judge"):
+            return judges.Constitution.load(self.principles, "drawn") if self.principles else None
 
     def _build(self, device: str) -> "Judge":
         seen = self._seen(self.model, device)
+        principles = self._constitution()
         if seen.most_images > 1:
-            wording = judges.Constitution.load(self.principles, "drawn").wordings if self.principles else None
-            comparer = judges.PairwiseJudge(seen, wording)
+            name = f"pairwise-{fingerprint(self.depends())[:12]}" if principles else "pairwise"
+            comparer = judges.PairwiseJudge(seen, principles.wordings if principles else None, self.tie, name)
+        elif principles or self.tie:
+            given = "principles" if principles else "tie"
+            raise ValueError(f"{given}: {seen.id} sees one image at a time and compares scores; leave {given} out")
         else:
             scorer = judges.QuestionJudge(seen, self._asked(self.questions), name=self.questions.type)
             comparer = judges.ScoreComparer(scorer, self.temperature)
@@ -351,7 +373,8 @@ class MatchingJudge(Judging):
         return {"type": self.type, "head": self.head, "checkpoint": checkpoint_id(self.checkpoint)}
 
     def _build(self, device: str) -> "Judge":
-        return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head)
+        name = f"blip2({fingerprint(self.depends())[:12]})"
+        return judges.MatchingJudge.from_pretrained(self.checkpoint, device, head=self.head, id=name)
 
 
 class ClipJudge(Judging):
@@ -363,10 +386,15 @@ class ClipJudge(Judging):
     processor: str | None = None
 
     def depends(self) -> dict[str, Any]:
-        return {"type": self.type, "kind": self.kind, "checkpoint": checkpoint_id(self.checkpoint)}
+        processor = self.processor and checkpoint_id(self.processor)
+        checkpoint = checkpoint_id(self.checkpoint)
+        return {"type": self.type, "kind": self.kind, "checkpoint": checkpoint, "processor": processor}
 
     def _build(self, device: str) -> "Judge":
-        return judges.ClipJudge.from_pretrained(self.checkpoint, device, kind=self.kind, processor=self.processor)
+        name = f"clip({fingerprint(self.depends())[:12]})"
+        return judges.ClipJudge.from_pretrained(
+            self.checkpoint, device, kind=self.kind, processor=self.processor, id=name
+        )
 
 
 class EnsembleJudge(Judging):

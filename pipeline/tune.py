@@ -26,6 +26,7 @@ from judges.questions import QuestionJudge
 from models.keys import sample_key
 from pipeline.cases import Case, Refused
 from pipeline.estimates import Accuracy, Estimate, accuracy, rise
+from pipeline.examining import judged
 from pipeline.judging import QuestionsJudge, told
 from pipeline.labels import LabelledCases, read_labels
 from pipeline.loop import run_dir
@@ -38,7 +39,6 @@ from rewards.preferences import normalised
 if TYPE_CHECKING:
     from judges.tuning import Lesson, Tunable, Tuning
 
-_CALL = 64
 _ROWS = {
     "balanced": "balanced accuracy",
     "plain": "accuracy",
@@ -191,13 +191,9 @@ def _check_free(artifact: Artifact, digest: str) -> None:
 
 
 def _judged(judge: Judge, cases: Sequence[Case], progress: Progress) -> list[Verdict]:
-    found: list[Verdict] = []
     with progress.track(len(cases), "verdicts", "judge") as advance:
-        for start in range(0, len(cases), _CALL):
-            asked = cases[start : start + _CALL]
-            found += judge.score([case.image() for case in asked], [case.prompt for case in asked])
-            advance(len(asked))
-    return found
+        found = judged(judge, cases, ([place] for place in range(len(cases))), advance)
+    return list(found.values())
 
 
 def _lessons(

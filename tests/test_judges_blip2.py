@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from judges.base import Answer, Question
-from judges.blip2 import TEMPLATE, Blip2VQA, load_blip2
+from judges.blip2 import TEMPLATE, Blip2VQA, InstructBlipVQA, load_blip2
+from judges.loading import load_judge
 from judges.qformer import IGNORED, sequences
 from models.text import word_tokenizer
 
@@ -154,14 +155,27 @@ def test_an_open_question_is_answered_in_words(vqa, images):
 
 
 def test_a_question_that_is_too_long_is_not_cut(vqa, images):
-    if vqa.seq2seq:
-        pytest.skip("T5 has no longest text")
     long = Question("is there " + "a red ring " * 30 + "?")
-    found = vqa.ask(images[:1], [[long, QUESTIONS[0]]])[0]
-    assert not found[0].valid
-    assert "more than" in found[0].error
-    assert math.isnan(found[0].probability)
-    assert found[1].valid
+    found, other = vqa.ask(images[:1], [[long, QUESTIONS[0]]])[0]
+    assert other.valid
+    if vqa.seq2seq:  # relative positions: there is no longest text
+        spelled = (vqa.tokenizer(choice, add_special_tokens=False).input_ids for choice in long.choices)
+        yes, no = (_log_p(vqa, images[0], long.text, ids) for ids in spelled)
+        assert found.margin == pytest.approx(yes - no, abs=1e-5)
+    else:
+        assert "more than" in found.error
+        assert math.isnan(found.probability)
+
+
+def test_a_question_that_only_the_q_former_cannot_read_is_refused(images):
+    tokenizer = word_tokenizer(WORDS.split(), extra=["<image>"])
+    model = _tiny("instructblip", tokenizer)
+    model.config.qformer_config.max_position_embeddings = 12
+    pictures = BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    vqa = InstructBlipVQA(model, tokenizer, pictures, qformer_tokenizer=tokenizer)
+    fits, long = vqa.ask(images[:1], [[Question("is there a red ring?"), Question("is there a red ring " * 3)]])[0]
+    assert fits.valid
+    assert "tokens long" in long.error
 
 
 def test_several_images_of_a_sample_are_refused(vqa, images):
@@ -172,6 +186,14 @@ def test_several_images_of_a_sample_are_refused(vqa, images):
 def test_a_model_that_cannot_speak_is_refused(itm_folder):
     with pytest.raises(ValueError, match="no language model"):
         load_blip2(itm_folder)
+
+
+def test_without_settings_a_checkpoint_is_asked_about_the_whole_prompt_only(judge_folder, images, tmp_path):
+    for path in (judge_folder / "vqa").iterdir():
+        if path.name != "judge.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    verdict = load_judge(tmp_path).score(images[:1], ["an oil painting of a dog"])[0]
+    assert [a.question for a in verdict.evidence] == ['Does this figure show "an oil painting of a dog"?']
 
 
 def test_extreme_margins_have_finite_probabilities():

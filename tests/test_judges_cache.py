@@ -64,11 +64,9 @@ def test_the_second_run_makes_no_call_and_answers_alike(tmp_path, images):
     first = CachedVQA(Eye(), tmp_path / "cache.sqlite")
     answers = first.ask(images, questions)
     assert answers == Eye().ask(images, questions)
-    assert (first.hits, first.misses) == (0, 4)
     second = CachedVQA(Eye(), tmp_path / "cache.sqlite")
     assert second.ask(images, questions) == answers
     assert second.vqa.calls == []
-    assert (second.hits, second.misses) == (4, 0)
 
 
 def test_only_what_is_missing_is_asked_each_distinct_thing_once_in_one_call(tmp_path, images):
@@ -79,7 +77,6 @@ def test_only_what_is_missing_is_asked_each_distinct_thing_once_in_one_call(tmp_
     answers = cached.ask([images[0], images[1], same], [[RED, BLUE], [RED, RED], [BLUE, RED]])
     assert eye.calls[1:] == [[[BLUE.text], [RED.text, BLUE.text]]]
     assert answers == Eye().ask([images[0], images[1], same], [[RED, BLUE], [RED, RED], [BLUE, RED]])
-    assert (cached.hits, cached.misses) == (3, 4)
 
 
 def test_whatever_changes_the_answer_changes_the_key(tmp_path, images):

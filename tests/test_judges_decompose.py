@@ -7,7 +7,7 @@ import re
 import pytest
 
 from judges.base import Answer, Question
-from judges.decompose import EXAMPLE_REPLY, LLMDecompose, QuestionFile, instruction, read_reply
+from judges.decompose import EXAMPLE_REPLY, QuestionFile, fill_questions, instruction, read_reply
 from judges.questions import QuestionJudge, dsg
 
 QUESTIONS = {
@@ -53,13 +53,16 @@ def write(path, text):
     return path
 
 
+def prompts_in(path):
+    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def test_what_is_added_is_read_back_in_order(path):
     file = QuestionFile(path)
-    assert file.prompts == ()
     file.add(QUESTIONS)
     for read in (file, QuestionFile(path)):
-        assert {prompt: read(prompt) for prompt in read.prompts} == QUESTIONS
-        assert read.prompts == tuple(QUESTIONS)
+        assert {prompt: read(prompt) for prompt in QUESTIONS} == QUESTIONS
+    assert prompts_in(path) == list(QUESTIONS)
     assert len(path.read_text(encoding="utf-8").splitlines()) == len(QUESTIONS)
     assert "a «red» cake" in path.read_text(encoding="utf-8")
 
@@ -77,7 +80,7 @@ def test_hand_edits_win_even_while_the_file_is_in_use(path):
     path.write_text(edited)
     file.add({"a": [Question("other?")], "c": [Question("other?")], "d": [Question("other?")]})
     assert path.read_text().startswith(edited + "\n")
-    assert [file(prompt)[0].text for prompt in file.prompts] == ["mine?", "machine's?", "mine?", "other?"]
+    assert [file(prompt)[0].text for prompt in "abcd"] == ["mine?", "machine's?", "mine?", "other?"]
 
 
 @pytest.mark.parametrize(
@@ -176,24 +179,23 @@ def test_as_many_questions_as_allowed_are_accepted():
 def test_a_prompt_is_asked_about_once_in_one_batch_and_kept(path):
     model = Scripted(cake=[reply()], cat=[reply(entry(question="Is there a cat?"))])
     write(path, '{"prompt": "dog", "questions": [{"text": "mine?"}]}')
-    decompose = LLMDecompose(model, QuestionFile(path))
-    assert decompose.prepare(["cat", "dog", "cake", "cat"]) == {}
+    file = QuestionFile(path)
+    assert fill_questions(file, ["cat", "dog", "cake", "cat"], model) == {}
     assert [len(batch) for batch in model.batches] == [2]
-    for again in (decompose, LLMDecompose(model, QuestionFile(path))):
-        assert again.prepare(["cake", "dog"]) == {}
+    for again in (file, QuestionFile(path)):
+        assert fill_questions(again, ["cake", "dog"], model) == {}
         assert [again(prompt)[0].text for prompt in ("cat", "dog", "cake")] == [
             "Is there a cat?",
             "mine?",
             "Is there a cake?",
         ]
     assert len(model.batches) == 1
-    assert QuestionFile(path).prompts == ("dog", "cat", "cake")
+    assert prompts_in(path) == ["dog", "cat", "cake"]
 
 
 def test_only_a_malformed_reply_is_asked_for_once_more_with_the_reason(path):
     model = Scripted(cake=["sorry", reply()], cat=[reply()], dog=["[]", "{}"])
-    decompose = LLMDecompose(model, QuestionFile(path))
-    refused = decompose.prepare(["cake", "cat", "dog"])
+    refused = fill_questions(QuestionFile(path), ["cake", "cat", "dog"], model)
     assert list(refused) == ["dog"]
     assert "valid array" in refused["dog"]
     first, second = model.batches
@@ -201,43 +203,43 @@ def test_only_a_malformed_reply_is_asked_for_once_more_with_the_reason(path):
     assert ["Invalid JSON" in text for text in first] == [False] * 3
     assert ["Invalid JSON" in text for text in second] == [True, False]
     assert "at least 1 item" in second[1]
-    assert QuestionFile(path).prompts == ("cat", "cake")
+    assert prompts_in(path) == ["cat", "cake"]
 
 
-def test_a_refused_prompt_fails_alone_and_is_not_asked_about_again_until_prepared(path):
+def test_a_refused_prompt_is_asked_about_again_the_next_time(path):
     model = Scripted(dog=["no", "no", reply()], cat=[reply()])
-    decompose = LLMDecompose(model, QuestionFile(path))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"'dog': Invalid JSON.*write its questions into .*questions\.jsonl"):
-            decompose("dog")
-    assert decompose("cat") == (Question("Is there a cake?"),)
-    assert len(model.batches) == 3
-    assert decompose.prepare(["dog"]) == {}
-    assert decompose("dog") == (Question("Is there a cake?"),)
+    file = QuestionFile(path)
+    assert list(fill_questions(file, ["dog", "cat"], model)) == ["dog"]
+    with pytest.raises(ValueError, match=r"'dog' is not in .*questions\.jsonl; add a line"):
+        file("dog")
+    assert fill_questions(file, ["dog", "cat"], model) == {}
+    assert file("dog") == (Question("Is there a cake?"),)
+    assert [len(batch) for batch in model.batches] == [2, 1, 1]
 
 
 def test_good_replies_are_kept_when_the_model_fails_later(path):
     model = Scripted(cake=[reply()], cat=["bad"])
     with pytest.raises(StopIteration):
-        LLMDecompose(model, QuestionFile(path)).prepare(["cake", "cat"])
-    assert QuestionFile(path).prompts == ("cake",)
+        fill_questions(QuestionFile(path), ["cake", "cat"], model)
+    assert prompts_in(path) == ["cake"]
 
 
 def test_a_model_that_loses_a_reply_is_an_error(path):
     with pytest.raises(ValueError, match="complete: 1 replies to 2 instructions"):
-        LLMDecompose(lambda texts: [reply()], QuestionFile(path)).prepare(["a", "b"])
+        fill_questions(QuestionFile(path), ["a", "b"], lambda texts: [reply()])
 
 
-def test_a_judge_uses_it_and_marks_only_what_could_not_be_taken_apart(path):
+def test_a_judge_marks_only_what_could_not_be_taken_apart(path):
     class Agrees:
         id, template, most_images = "agrees", "{}", 1
 
         def ask(self, samples, questions):
             return [[Answer(question.text, 2.0, question.expected) for question in asked] for asked in questions]
 
-    decompose = LLMDecompose(Scripted(dog=["no", "no"], cat=[reply()]), QuestionFile(path))
-    good, bad = QuestionJudge(Agrees(), decompose, dsg).score([None, None], ["cat", "dog"])
+    file = QuestionFile(path)
+    fill_questions(file, ["dog", "cat"], Scripted(dog=["no", "no"], cat=[reply()]))
+    good, bad = QuestionJudge(Agrees(), file, dsg).score([None, None], ["cat", "dog"])
     assert good.valid
     assert good.margin > 0
     assert not bad.valid
-    assert "Invalid JSON" in bad.reason
+    assert "'dog' is not in" in bad.reason

@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from judges.base import Answer, Question
-from judges.dsg import read_answers, read_graphs, score
 from judges.questions import checked_graph, dsg
+from tests.dsg import read_answers, read_graphs, score
 
 MODELS = ("pali17b", "instructblip")
 GRAPH_COLUMNS = ("item_id", "text", "proposition_id", "dependency", "question_natural_language")

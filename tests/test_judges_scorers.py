@@ -125,7 +125,12 @@ def test_what_is_no_clip_is_refused(folder, itm_folder, tmp_path):
 
 def test_the_processor_may_be_elsewhere(folder, images, tmp_path):
     CLIPModel.from_pretrained(folder).save_pretrained(tmp_path)
-    judge = ClipJudge.from_pretrained(tmp_path, processor=folder)
-    assert judge.score(images, PROMPTS) == ClipJudge.from_pretrained(folder).score(images, PROMPTS)
+    settings = {"kind": "preference", "id": "clip"}
+    judge, whole = (
+        ClipJudge.from_pretrained(tmp_path, processor=folder, **settings),
+        ClipJudge.from_pretrained(folder, **settings),
+    )
+    assert judge.score(images, PROMPTS) == whole.score(images, PROMPTS)
+    assert any(verdict.margin for verdict in whole.score(images, PROMPTS))
     with pytest.raises(ValueError, match="one image at a time"):
         judge.score([images[:2]], ["a"])

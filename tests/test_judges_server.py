@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from judges.base import Question, Unavailable
-from judges.pool import Limits, retry_after
+from judges.pool import PROBES, Limits, retry_after
 from judges.questions import Rating
 from judges.server import ServerVQA
 from tests.servers import FAULTS, ChatServer, first_token, reply, true_margin, yes_or_no
@@ -403,6 +403,6 @@ def test_nothing_asked_calls_nobody():
 
 def test_with_the_defaults_a_server_that_is_down_ends_a_call_within_a_minute():
     limits = Limits()
-    probes = 3 * limits.probe + 2 * limits.backoff + 3 * limits.backoff
-    assert limits.deadline + probes < 60
+    waits = sum(limits.backoff * 2**tried for tried in range(PROBES - 1)) + (PROBES - 1) * limits.backoff
+    assert limits.deadline + PROBES * limits.probe + waits < 60
     assert limits.patience < limits.deadline

@@ -239,7 +239,9 @@ def test_blip2_answers_as_with_transformers(vllm, blip2_folder, images, batch):
     asked = [[*QUESTIONS, Question("is there ?", ("yes",)), OPEN]] * 2
     local = load_blip2(blip2_folder)
     assert isinstance(local, Blip2VQA)
-    assert same(vqa.ask(images[:2], asked), local.ask(images[:2], asked))
+    found = vqa.ask(images[:2], asked)
+    assert same(found, local.ask(images[:2], asked))
+    assert all(answer.valid for row in found for answer in row)
     assert vqa.ask([images[:1], images[1]], [QUESTIONS[:1], []])[1] == []
     with pytest.raises(ValueError, match="one image at a time"):
         vqa.ask([images[:2]], [QUESTIONS[:1]])

@@ -96,9 +96,8 @@ def test_a_judge_that_compares_agrees_with_the_scores_it_compares_by(blip2, pict
 def test_a_cache_answers_the_second_time(blip2, pictures, tmp_path):
     judge = settings({**KINDS["shapes"], "model": blip2, "cache": str(tmp_path / "answers.db")}).build("cpu")
     first = judge.score(pictures, PROMPTS)
-    asked = judge.vqa.misses
+    judge.vqa.vqa = None  # whoever is asked again fails
     assert [v.margin for v in judge.score(pictures, PROMPTS)] == [v.margin for v in first]
-    assert judge.vqa.misses == asked
 
 
 def used(config: JudgeConfig) -> Judge:
@@ -117,6 +116,9 @@ def used(config: JudgeConfig) -> Judge:
         ({"model": {"type": "vllm", "checkpoint": "VQA"}}, "judge.model.vllm: it is not installed here"),
         ({"model": {"type": "server", "urls": ["localhost"], "model": "m"}}, "judge.model.urls: "),
         ({"type": "constitution", "principles": "alignments"}, "judge.constitution: alignments is neither"),
+        ({"type": "pairwise", "principles": "alignments"}, "judge.constitution: alignments is neither"),
+        ({"type": "pairwise", "principles": "shapes"}, "judge.principles: blip2.* sees one image at a time"),
+        ({"type": "pairwise", "tie": 0.1}, "judge.tie: blip2.* sees one image at a time"),
     ],
 )
 def test_what_does_not_fit_is_one_line(change, line, blip2, judge_folder):
@@ -129,6 +131,33 @@ def test_what_does_not_fit_is_one_line(change, line, blip2, judge_folder):
     with pytest.raises(UserError, match=line) as caught:
         used(settings(value))
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_match_is_refused(judge_folder):
+    with pytest.raises(UserError, match=r"judge\.checkpoint: .* lacks .* and so cannot match"):
+        settings({"type": "matching", "checkpoint": str(judge_folder / "vqa")}).build("cpu")
+
+
+def test_settings_that_tell_in_a_verdict_tell_in_the_fingerprint(judge_folder, tmp_path):
+    def digest(judge: dict) -> str:
+        return fingerprint(settings(judge).depends())
+
+    folder, engine = str(judge_folder / "vqa"), {"max_model_len": 512, "gpu_memory_utilization": 0.5}
+    vllm = {**KINDS["whole"], "model": {"type": "vllm", "checkpoint": folder, "engine": engine}}
+    faster = {**vllm, "model": {**vllm["model"], "engine": {**engine, "gpu_memory_utilization": 0.9}}}
+    shorter = {**vllm, "model": {**vllm["model"], "engine": {**engine, "max_model_len": 128}}}
+    assert digest(vllm) == digest(faster) != digest(shorter)
+
+    principles = tmp_path / "principles.yaml"
+    compared = {"type": "pairwise", "model": vllm["model"], "principles": str(principles)}
+    digests = set()
+    for question in ("Is it neat?", "Is it large?"):
+        principles.write_text(yaml.safe_dump([{"name": "one", "question": question}]))
+        digests.add(digest(compared))
+    assert len(digests) == 2
+
+    clip = {"type": "clip", "checkpoint": folder}
+    assert digest(clip) != digest({**clip, "processor": str(judge_folder / "itm")})
 
 
 def test_the_server_must_serve_the_model_that_was_configured(pictures):

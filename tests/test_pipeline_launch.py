@@ -17,11 +17,11 @@ HOME = Path(__file__).parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu-2.yaml")]
 
 
-def launch(stage: str, config: Path) -> None:
+def launch(command: list[str], **env: str) -> None:
     done = subprocess.run(
-        [sys.executable, *LAUNCH, "-m", "pipeline", stage, str(config)],
+        [sys.executable, *LAUNCH, *command],
         cwd=HOME,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **env},
         capture_output=True,
         text=True,
         check=False,
@@ -33,10 +33,10 @@ def launch(stage: str, config: Path) -> None:
 def runs(config_at, folder):
     pipeline.run(config_at("one"))
     path = config_at("two")
-    launch("sample", path)
+    launch(["-m", "pipeline", "sample", str(path)])
     for stage in ("judge", "prefer", "reward"):
         pipeline.run_stage(path, stage)
-    launch("finetune", path)
+    launch(["-m", "pipeline", "finetune", str(path)])
     return folder / "one", folder / "two"
 
 

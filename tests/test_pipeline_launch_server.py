@@ -18,8 +18,15 @@ from pipeline.judging import QuestionsJudge
 from pipeline.launch import SPEED, Serve, Servers, last_words, start
 from pipeline.runner import Interrupted, Stage, Work
 from pipeline.settings import Section, SettingsError, UserError, load
+from tests.test_pipeline_launch import launch as launch_two
 
 HOME = Path(__file__).parent.parent
+
+
+def paths() -> str:
+    """Where another process finds our code, and the server that is not vLLM's."""
+    return os.pathsep.join([str(HOME), os.environ["PYTHONPATH"]])
+
 
 SERVER = """
 import argparse, http.server, json, os, signal, subprocess, sys, time
@@ -153,7 +160,9 @@ def test_nobody_waits_for_a_server_when_the_run_is_to_stop(fake, tmp_path):
 
 def test_a_server_that_will_not_stop_is_killed(fake, tmp_path, monkeypatch):
     quick = tmp_path / "keeper.py"
-    quick.write_text(launch.KEEPER.read_text().replace("PATIENCE = 10.0", "PATIENCE = 0.3"))
+    kept = launch.KEEPER.read_text()
+    assert "PATIENCE = 10.0" in kept
+    quick.write_text(kept.replace("PATIENCE = 10.0", "PATIENCE = 0.3"))
     monkeypatch.setattr(launch, "KEEPER", quick)
     with Servers(tmp_path, "judge", str):
         start(fake("stubborn"), [])
@@ -170,10 +179,8 @@ def test_nothing_is_left_when_the_run_is_killed(fake, tmp_path, number):
         f"    start(Serve.model_validate_json({fake().model_dump_json()!r}), [])\n"
         "    print('up', flush=True)\n    time.sleep(600)\n"
     )
-    paths = os.pathsep.join([str(HOME), os.environ["PYTHONPATH"]])
-    child = subprocess.Popen(
-        [sys.executable, str(run)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    env = {**os.environ, "PYTHONPATH": paths()}
+    child = subprocess.Popen([sys.executable, str(run)], stdout=subprocess.PIPE, text=True, env=env)
     assert any(line == "up\n" for line in child.stdout)
     assert len(alive(tmp_path)) == 2
     child.send_signal(number)
@@ -207,15 +214,9 @@ run(Section(), [Stage("judge", (), lambda config: {}, lambda config: Work(), jud
 
 
 def test_of_two_processes_one_starts_the_server_and_both_know_it(fake, tmp_path):
-    script, config = tmp_path / "two.py", HOME / "configs" / "accelerate" / "cpu-2.yaml"
+    script = tmp_path / "two.py"
     script.write_text(TWO)
-    launched = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    paths = os.pathsep.join([str(HOME), os.environ["PYTHONPATH"]])
-    subprocess.run(
-        [sys.executable, *launched, str(script), fake().model_dump_json(), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths},
-        check=True,
-    )
+    launch_two([str(script), fake().model_dump_json(), str(tmp_path)], PYTHONPATH=paths())
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
     assert len(pids(tmp_path)) == 2
     assert alive(tmp_path) == []

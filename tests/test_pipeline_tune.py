@@ -229,7 +229,7 @@ def test_judges_that_cannot_be_tuned_are_refused(config_of, labels, folder, itm_
     (full / "diary.txt").write_text("dear")
     with pytest.raises(UserError, match="full is not empty"):
         tune(config, labels, full)
-    assert files(full)
+    assert files(full) == {Path("diary.txt"): b"dear"}
     assert not (folder / "bad judge").exists()
 
 

@@ -1,6 +1,5 @@
 """The real vLLM: served over HTTP and in process, it answers as transformers does. `make test-vllm` runs this."""
 
-import importlib.util
 import math
 import os
 import random
@@ -20,10 +19,7 @@ from judges.shapes.render import scene_of
 from pipeline.judging import ServerModel
 from pipeline.launch import ENVIRONMENT, Serve, Servers
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="run `make test-vllm`"),
-]
+pytestmark = pytest.mark.vllm
 
 CHECKPOINT = Path(__file__).parent.parent / "judges" / "checkpoints" / "shapes" / "vqa"
 IMAGES = 256
@@ -92,4 +88,4 @@ def test_served_and_in_process_it_answers_as_transformers_does(tmp_path, monkeyp
     for who, (margin, log) in apart.items():
         lines.append(f"{who}: margins differ from transformers' by {margin:.1e} nats at most, log P by {log:.1e}")
     print("\n" + "\n".join(lines))
-    assert max(map(max, apart.values())) <= CLOSE
+    assert np.max(list(apart.values())) <= CLOSE  # NaN, of an answer that failed, is not

@@ -1,7 +1,7 @@
 """An audit as one page: what was found, and the pictures on which it was found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -139,8 +139,9 @@ def render(shown: View) -> str:
 def _reliability(found: Calibration) -> str:
     if not found.reliability:
         return ""
-    bins = [figures.Bin(**asdict(point)) for point in found.reliability]
-    return figures.reliability(bins, "probability that the judge gave", "share of the pictures that do follow")
+    return figures.reliability(
+        found.reliability, "probability that the judge gave", "share of the pictures that do follow"
+    )
 
 
 def _mistakes(heard: Heard, yes: bool, count: int, side: int) -> tuple[Mistake, ...]:

@@ -26,6 +26,7 @@ FEATURES = datasets.Features(
         "valid": datasets.Value("bool"),
         "reason": datasets.Value("string"),
         "certainty": datasets.Value("float32"),
+        "disagreement": datasets.Value("float32"),
         "judge": datasets.Value("string"),
         "template": datasets.Value("string"),
         "evidence": datasets.List(
@@ -43,7 +44,7 @@ FEATURES = datasets.Features(
 
 
 def _depends(config: Any) -> dict[str, Any]:
-    return {"version": 2, **config.judge.depends()}
+    return {"version": 3, **config.judge.depends()}
 
 
 def _work(config: Any) -> Work:
@@ -64,7 +65,8 @@ def columns_of(verdict: Verdict) -> dict[str, Any]:
         }
         for a in verdict.evidence
     ]
-    told = {name: getattr(verdict, name) for name in ("margin", "value", "valid", "reason", "certainty")}
+    names = ("margin", "value", "valid", "reason", "certainty", "disagreement")
+    told = {name: getattr(verdict, name) for name in names}
     return {**told, "judge": verdict.judge, "template": verdict.template, "evidence": evidence}
 
 
