@@ -1,0 +1,228 @@
+"""Signals that a reward is being gamed, for a run of fine-tuning to warn, stop and roll back by.
+
+Each signal is a number that grows with the trouble, and a threshold that the base model itself would exceed in one
+draw of a hundred: both sides of a comparison are drawn anew from the base model's prompts, as many as there are. The
+base model must have been seen on at least 50 prompts, otherwise a signal is `unknown`.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rewards.metrics.correlation import correlation_of_moments, moments
+from rewards.metrics.intervals import LEAST_PROMPTS, groups, prompt_means, prompt_sums, resample
+from rewards.shortcuts import NAMES
+
+QUANTILE = 0.99
+
+STOPPING = ("heldout_gap", "judge_divergence", "diversity_loss", "kl_frontier")
+"""What can stop a run. The other signals warn: better pictures have other pixels too, and a reward and a judge agree
+less on siblings that have become equally good."""
+
+Status = Literal["ok", "alarm", "unknown"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """An `alarm` where `value` is above `threshold`, `unknown` where either cannot be had (NaN)."""
+
+    name: str
+    value: float
+    threshold: float
+    status: Status
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Values (N,) of images and what prompt each belongs to (N,); NaN is left out."""
+
+    values: np.ndarray
+    prompts: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """Of each prompt (C,)."""
+        return prompt_means(self.values, self.prompts)[0]
+
+
+@dataclass(frozen=True)
+class Action:
+    """What to do after the last check; `roll_back_to` is the number of the last check before the trouble, None where
+    there was none."""
+
+    kind: Literal["go_on", "warn", "stop"]
+    alarms: tuple[str, ...]
+    roll_back_to: int | None
+
+
+def heldout_gap(
+    rollout: Measured,
+    heldout: Measured,
+    base_rollout: Measured,
+    base_heldout: Measured,
+    quantile: float = QUANTILE,
+) -> Signal:
+    """By how much more the reward rose on the prompts of the rollouts than on prompts that are held out.
+
+    All four are the reward's; the last two are of the base model.
+    """
+    sides = [(one.means, base.means) for one, base in ((rollout, base_rollout), (heldout, base_heldout))]
+    value = _rise(*sides[0]) - _rise(*sides[1])
+    null = _null_rise(sides[0], 0) - _null_rise(sides[1], 2)
+    return _signal("heldout_gap", value, null, quantile, *(base for _, base in sides))
+
+
+def judge_divergence(
+    reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured, quantile: float = QUANTILE
+) -> Signal:
+    """By how much more the reward rose than the judge on the same images, each in standard deviations of the base
+    model's images."""
+    apart = _standardised(reward, base_reward) - _standardised(judge, base_judge)
+    base_apart = _standardised(base_reward, base_reward) - _standardised(base_judge, base_judge)
+    means, base = Measured(apart, reward.prompts).means, Measured(base_apart, base_reward.prompts).means
+    return _signal("judge_divergence", _rise(means, base), _null_rise((means, base), 0), quantile, base)
+
+
+def judge_disagreement(
+    reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured, quantile: float = QUANTILE
+) -> Signal:
+    """One minus the correlation of reward and judge on the same images, within prompts."""
+    tuned, base = (
+        _known_sums(moments(first.values, second.values, first.prompts), first.prompts)
+        for first, second in ((reward, judge), (base_reward, base_judge))
+    )
+
+    def disagreement(sums: np.ndarray) -> np.ndarray:
+        return 1 - correlation_of_moments(sums)
+
+    null = (
+        resample(lambda drawn: disagreement(drawn @ base), len(base), size=len(tuned)) if len(tuned) else np.array([])
+    )
+    return _signal("judge_disagreement", float(disagreement(tuned.sum(axis=0))), null, quantile, base)
+
+
+def diversity_loss(
+    images: ArrayLike, prompts: ArrayLike, base_images: ArrayLike, base_prompts: ArrayLike, quantile: float = QUANTILE
+) -> Signal:
+    """By what share the images of a prompt have come closer to one another.
+
+    Args:
+        images: (N, ...) pictures or features of them, siblings having the same of `prompts` (N,).
+    """
+    apart, base = distances(images, prompts), distances(base_images, base_prompts)
+    value = 1 - apart.mean() / base.mean() if len(apart) and len(base) else np.nan
+    null = 1 - _draws(base, len(apart), 0) / _draws(base, len(base), 1)
+    return _signal("diversity_loss", value, null, quantile, base)
+
+
+def distances(images: ArrayLike, prompts: ArrayLike) -> np.ndarray:
+    """The root mean square distance (C,) of two siblings, per dimension; prompts with a single image have none."""
+    flat = np.asarray(images, dtype=np.float32).reshape(len(images), -1)
+    _, places = groups(prompts)
+    # The mean square distance of two of K is twice their variance with K - 1 degrees of freedom.
+    spread = [2 * flat[rows].var(axis=0, ddof=1, dtype=float).mean() for rows in places if len(rows) > 1]
+    return np.sqrt(np.array(spread, dtype=float))
+
+
+def pixel_shifts(
+    found: np.ndarray,
+    prompts: ArrayLike,
+    base_found: np.ndarray,
+    base_prompts: ArrayLike,
+    names: Sequence[str] = NAMES,
+    quantile: float = QUANTILE,
+) -> tuple[Signal, ...]:
+    """How far the mean of each statistic has moved either way, in standard deviations of the base model's prompts.
+
+    Args:
+        found: (N, S) from `rewards.shortcuts.table`; `base_found` likewise. What does not vary is passed over.
+    """
+    signals = []
+    for name, column, base_column in zip(names, found.T, base_found.T, strict=True):
+        means = Measured(column, np.asarray(prompts)).means
+        base = Measured(base_column, np.asarray(base_prompts)).means
+        spread = base.std() if len(base) else 0.0
+        if spread > 1e-9 * np.abs(base).max(initial=0):
+            null = np.abs(_null_rise((means, base), 0)) / spread
+            signals.append(_signal(name, abs(_rise(means, base)) / spread, null, quantile, base))
+    return tuple(signals)
+
+
+def kl_frontier(kl: ArrayLike, reward: ArrayLike, prompts: int, base: Measured, quantile: float = QUANTILE) -> Signal:
+    """By how much the last check falls behind the best reward that an earlier one had at no greater KL.
+
+    Args:
+        kl: (T,) from the base model at each check, in any unit.
+        reward: (T,) mean of a reward that is not trained on (the judge's, or gold) on held-out prompts.
+        prompts: how many prompts each check is on.
+        base: the same reward of the base model's images.
+    """
+    kl, reward = np.asarray(kl, dtype=float), np.asarray(reward, dtype=float)
+    earlier = reward[:-1][kl[:-1] <= kl[-1]]
+    means = base.means
+    if not len(earlier):
+        return Signal("kl_frontier", float("nan"), float("nan"), "unknown")
+    best = np.max([_draws(means, prompts, check) for check in range(len(earlier))], axis=0)
+    null = best - _draws(means, prompts, len(earlier))
+    return _signal("kl_frontier", float(earlier.max() - reward[-1]), null, quantile, means)
+
+
+def frontier(kl: ArrayLike, reward: ArrayLike) -> np.ndarray:
+    """The checks (F,) that no other beats in both KL and reward, by rising KL: where to roll back to."""
+    kl, reward = np.asarray(kl, dtype=float), np.asarray(reward, dtype=float)
+    order = np.lexsort((-reward, kl))
+    best = np.maximum.accumulate(reward[order])
+    return order[np.diff(best, prepend=-np.inf) > 0]
+
+
+def act(history: Sequence[Sequence[Signal]], patience: int = 2, stopping: Collection[str] = STOPPING) -> Action:
+    """Warn at an alarm; stop when one signal of `stopping` has raised it in each of the last `patience` checks, and say
+    where to go back to.
+
+    Args:
+        history: the signals of every check so far, the first being number 0.
+    """
+    raised = [{signal.name for signal in check if signal.status == "alarm"} for check in history]
+    if not raised or not raised[-1]:
+        return Action("go_on", (), None)
+    lasting = set.intersection(*raised[-patience:]) & set(stopping) if len(raised) >= patience else set()
+    if not lasting:
+        return Action("warn", tuple(sorted(raised[-1])), None)
+    calm = [check for check, names in enumerate(raised) if not names & lasting]
+    return Action("stop", tuple(sorted(lasting)), calm[-1] if calm else None)
+
+
+def _signal(name: str, value: float, null: np.ndarray, quantile: float, *bases: np.ndarray) -> Signal:
+    if not np.isfinite(value) or min(len(base) for base in bases) < LEAST_PROMPTS:
+        return Signal(name, float(value), float("nan"), "unknown")
+    threshold = float(np.nanquantile(null, quantile))
+    return Signal(name, float(value), threshold, "alarm" if value > threshold else "ok")
+
+
+def _rise(means: np.ndarray, base: np.ndarray) -> float:
+    return float(means.mean() - base.mean()) if len(means) and len(base) else float("nan")
+
+
+def _null_rise(side: tuple[np.ndarray, np.ndarray], seed: int) -> np.ndarray:
+    """The rises (R,) of a model that is the base model itself, from the means of the prompts of both."""
+    means, base = side
+    return _draws(base, len(means), seed) - _draws(base, len(base), seed + 1)
+
+
+def _draws(means: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """The mean (R,) of `size` prompts of the base model, drawn with replacement."""
+    if not len(means) or not size:
+        return np.array([np.nan])
+    return resample(lambda drawn: drawn @ means / size, len(means), seed, size)
+
+
+def _standardised(measured: Measured, base: Measured) -> np.ndarray:
+    return (measured.values - np.nanmean(base.values)) / np.nanstd(base.values)
+
+
+def _known_sums(columns: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    known = np.isfinite(columns).all(axis=1)
+    return prompt_sums(columns[known], np.asarray(prompts)[known])
