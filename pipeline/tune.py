@@ -34,7 +34,7 @@ from pipeline.progress import Progress, quiet_libraries
 from pipeline.runner import Interrupted, StopFlag, process_state
 from pipeline.settings import UserError
 from pipeline.store import Artifact, RunLock, fingerprint, hash_path
-from rewards.preferences import normalised
+from rewards.leakage import normalised
 
 if TYPE_CHECKING:
     from judges.tuning import Lesson, Tunable, Tuning

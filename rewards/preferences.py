@@ -8,22 +8,24 @@ section 3.1) likewise trains on the labeller's probabilities instead of its hard
 import hashlib
 import itertools
 import math
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from scipy.special import expit
+from scipy.special import expit, ndtr
 
-Strategy = Literal["all", "best_vs_worst"]
+from rewards.leakage import families
+
+Strategy = Literal["all", "best_vs_worst", "margin", "uncertainty"]
 
 
 @dataclass(frozen=True)
 class Scored:
     """One image, number `sample` of its prompt, as a judge sees it: `margin` in nats, void unless `valid`.
 
-    `certainty` is the judge's self-certainty in nats; NaN where it is not known.
+    `certainty` is the judge's self-certainty in nats, `disagreement` the standard deviation of its members' margins in
+    nats; each is NaN where it is not known.
     """
 
     prompt_id: str
@@ -33,6 +35,83 @@ class Scored:
     margin: float
     valid: bool
     certainty: float = math.nan
+    disagreement: float = math.nan
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which pairs are made of a prompt's images, and what they are labelled.
+
+    Attributes:
+        strategy: `all` pairs; `best_vs_worst` alone; by `margin`, the widest gaps first; by `uncertainty`, first those
+            whose order the judge is least sure of, which teach the most where labels cost something.
+        per_prompt: the number of pairs that `margin` and `uncertainty` take of each prompt.
+        temperature: T of the soft labels, in nats of margin.
+        min_gap, max_gap: pairs whose margins differ by less, or by more, than so many nats are dropped.
+        tie: pairs whose margins differ by less than this many nats are kept nevertheless, as ties: their label is 0.5.
+        by_certainty: weigh each pair by the mean certainty of its two verdicts.
+
+    Raises:
+        ValueError: a setting is out of range; the message starts with the field's name.
+    """
+
+    strategy: Strategy = "all"
+    per_prompt: int | None = None
+    temperature: float = 1.0
+    min_gap: float = 0.5
+    max_gap: float | None = None
+    tie: float = 0.0
+    by_certainty: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise ValueError(f"strategy: {self.strategy!r} is none of {', '.join(get_args(Strategy))}")
+        if self.strategy in ("margin", "uncertainty"):
+            if self.per_prompt is None or self.per_prompt < 1:
+                raise ValueError(f"per_prompt: {self.strategy!r} takes that many of each prompt; give a number from 1")
+        elif self.per_prompt is not None:
+            raise ValueError(f"per_prompt: {self.strategy!r} has no use for it; leave it out or use 'margin'")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: {self.temperature} is not a positive number")
+        for name in ("min_gap", "tie"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a number of nats from 0")
+        if self.max_gap is not None and not self.min_gap <= self.max_gap < math.inf:
+            raise ValueError(f"max_gap: {self.max_gap} is less than min_gap, {self.min_gap}, or infinite")
+
+    def most(self, images: int) -> int:
+        """How many pairs a prompt of so many images gives at most."""
+        wanted = {"all": None, "best_vs_worst": 1}.get(self.strategy, self.per_prompt)
+        every = images * (images - 1) // 2
+        return every if wanted is None else min(wanted, every)
+
+    def label(self, a: Scored, b: Scored) -> float:
+        """The probability that `a` is better than `b`."""
+        gap = a.margin - b.margin
+        return 0.5 if abs(gap) < self.tie else float(expit(gap / self.temperature))
+
+    def choose(self, group: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
+        """The pairs that are made of one prompt's images."""
+        found = [pair for pair in itertools.combinations(group, 2) if self._admits(*pair)]
+        if self.strategy == "uncertainty":
+            found.sort(key=lambda pair: -self._doubt(*pair))
+        elif self.strategy != "all":
+            found.sort(key=lambda pair: -_gap(*pair))
+        return found[: self.most(len(group))]
+
+    def _admits(self, a: Scored, b: Scored) -> bool:
+        gap = _gap(a, b)
+        return gap < self.tie or self.min_gap <= gap <= (math.inf if self.max_gap is None else self.max_gap)
+
+    def _doubt(self, a: Scored, b: Scored) -> float:
+        """The probability that the margins stand in the wrong order.
+
+        Where several judges gave them they are means with errors, else they are taken at their word (Bradley-Terry).
+        """
+        spread = math.hypot(a.disagreement, b.disagreement)
+        if math.isnan(spread):
+            return float(expit(-_gap(a, b) / self.temperature))
+        return float(ndtr(-_gap(a, b) / spread)) if spread else 0.5 * (_gap(a, b) == 0)
 
 
 @dataclass(frozen=True)
@@ -59,57 +138,38 @@ class Pair:
     template: str
 
 
-def pairs(
-    scored: Iterable[Scored],
-    strategy: Strategy,
-    temperature: float,
-    min_gap: float,
-    judge: str,
-    template: str,
-    heldout: float,
-    by_certainty: bool = False,
-) -> list[Pair]:
+def pairs(scored: Iterable[Scored], rule: Rule, judge: str, template: str, heldout: float, near: float) -> list[Pair]:
     """The preference pairs among the valid images of each prompt, ordered by prompt id and samples.
 
-    The result does not depend on the order of `scored`. Which image of a pair comes first, and which prompts
-    are held out, is read off hashes: a prompt keeps its split when others are added, and two spellings of
-    one prompt share theirs.
+    The result does not depend on the order of `scored`. Which image of a pair comes first, and which prompts are held
+    out, is read off hashes. Near duplicates of one prompt share their split, and a prompt keeps its own when others
+    are added, unless one of them links it to near duplicates that it did not have (see `leakage.families`).
 
     Args:
-        strategy: `all` pairs of a prompt, or its `best_vs_worst` alone.
-        temperature: T of the soft labels, in nats of margin.
-        min_gap: pairs whose margins differ by less than this many nats are dropped.
         heldout: the share of prompts, in expectation, that training never sees.
-        by_certainty: weigh each pair by the mean certainty of its two verdicts.
+        near: the similarity from which prompts are near duplicates.
 
     Raises:
         ValueError: a setting or an image is out of range; the message starts with the field's name.
     """
-    if strategy not in ("all", "best_vs_worst"):
-        raise ValueError(f"strategy: {strategy!r} is neither 'all' nor 'best_vs_worst'")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: {temperature} is not a positive number")
-    if not 0 <= min_gap < math.inf:
-        raise ValueError(f"min_gap: {min_gap} is not a number of nats from 0")
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout: {heldout} is not a share from 0 to below 1")
+    groups = _by_prompt(scored)
+    family = families([group[0].prompt for group in groups], near)
     found = []
-    for group in _by_prompt(scored):
-        for first, second in _choose(group, strategy):
-            if abs(first.margin - second.margin) < min_gap:
-                continue
-            a, b = _shuffled(first, second)
-            label = float(expit((a.margin - b.margin) / temperature))
-            split = "heldout" if _unit_hash("split", normalised(a.prompt)) < heldout else "train"
+    for group in groups:
+        split = "heldout" if unit_hash("split", family[group[0].prompt]) < heldout else "train"
+        for a, b in sorted((_shuffled(*pair) for pair in rule.choose(group)), key=_samples):
             place = (a.prompt_id, a.prompt, a.skill, a.sample, b.sample)
-            weight = _certainty(a, b) if by_certainty else 1.0
-            found.append(Pair(*place, label, weight, split, strategy, judge, template))
+            weight = _certainty(a, b) if rule.by_certainty else 1.0
+            found.append(Pair(*place, rule.label(a, b), weight, split, rule.strategy, judge, template))
     return _balanced(found)
 
 
-def normalised(prompt: str) -> str:
-    """`prompt` without what does not change its meaning: case, spacing, Unicode form, closing punctuation."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split()).rstrip(" .!")
+def unit_hash(*parts: str) -> float:
+    """A number in [0, 1) that `parts` alone decide."""
+    digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def _by_prompt(scored: Iterable[Scored]) -> list[list[Scored]]:
@@ -127,27 +187,22 @@ def _by_prompt(scored: Iterable[Scored]) -> list[list[Scored]]:
         if group and group[-1].sample == image.sample:
             raise ValueError(f"sample: {image.sample} of {image.prompt_id!r} stands twice")
         group.append(image)
-    return list(groups.values())
+    return [group for group in groups.values() if group]
 
 
-def _choose(group: Sequence[Scored], strategy: Strategy) -> list[tuple[Scored, Scored]]:
-    if strategy == "all":
-        return list(itertools.combinations(group, 2))
-    ranked = sorted(group, key=lambda image: image.margin)
-    return [(ranked[0], ranked[-1])] if len(ranked) > 1 else []
+def _gap(a: Scored, b: Scored) -> float:
+    return abs(a.margin - b.margin)
+
+
+def _samples(pair: tuple[Scored, Scored]) -> tuple[int, ...]:
+    return tuple(sorted(image.sample for image in pair))
 
 
 def _shuffled(first: Scored, second: Scored) -> tuple[Scored, Scored]:
     """Both in an order that knows nothing of their margins."""
     first, second = sorted((first, second), key=lambda image: image.sample)
-    swap = _unit_hash("order", first.prompt_id, str(first.sample), str(second.sample)) < 0.5
+    swap = unit_hash("order", first.prompt_id, str(first.sample), str(second.sample)) < 0.5
     return (second, first) if swap else (first, second)
-
-
-def _unit_hash(*parts: str) -> float:
-    """A number in [0, 1) that `parts` alone decide."""
-    digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def _certainty(a: Scored, b: Scored) -> float:

@@ -5,16 +5,19 @@ from collections import defaultdict
 
 import pytest
 
-from rewards.preferences import Pair, Scored, normalised, pairs
+from rewards.preferences import Pair, Rule, Scored, pairs
 
 
 def image(prompt: int, sample: int, margin: float, valid: bool = True, text: str | None = None) -> Scored:
     return Scored(f"p{prompt}", text or f"prompt {prompt}", "colours", sample, margin, valid)
 
 
-def make(scored: list[Scored], **changes) -> list[Pair]:
-    settings = {"strategy": "all", "temperature": 1.0, "min_gap": 0.0, "heldout": 0.2, **changes}
-    return pairs(scored, judge="j", template="t", **settings)
+def make(scored: list[Scored], heldout: float = 0.2, near: float = 0.7, **changes) -> list[Pair]:
+    return pairs(scored, Rule(**{"min_gap": 0.0, **changes}), "j", "t", heldout, near)
+
+
+def samples(made: list[Pair]) -> set[tuple[str, frozenset[int]]]:
+    return {(pair.prompt_id, frozenset((pair.sample_a, pair.sample_b))) for pair in made}
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_all_takes_every_pair_of_valid_images_once(scored):
         valid[entry.prompt_id] += entry.valid
     made = make(scored)
     assert len(made) == sum(count * (count - 1) // 2 for count in valid.values())
-    assert len({(pair.prompt_id, frozenset((pair.sample_a, pair.sample_b))) for pair in made}) == len(made)
+    assert len(samples(made)) == len(made)
 
 
 def test_best_vs_worst_is_one_pair_a_prompt_with_its_widest_gap(scored):
@@ -107,8 +110,6 @@ def test_split_has_its_share_and_stays_when_prompts_are_added(scored):
 
 
 def test_spellings_of_one_prompt_share_its_split():
-    spellings = ["A red Circle.", "a red  circle", " a RED circle ! "]
-    assert len({normalised(text) for text in spellings}) == 1
     for number in range(20):
         entries = [
             image(prompt, sample, sample, text=f"{text.strip()} {number}")
@@ -116,6 +117,74 @@ def test_spellings_of_one_prompt_share_its_split():
             for sample in (0, 1)
         ]
         assert len({pair.split for pair in make(entries, heldout=0.5)}) == 1
+
+
+def test_near_duplicates_share_their_split_and_others_need_not():
+    long = "an old fisherman mending nets by the harbour at dawn, oil on canvas, muted colours, soft light"
+    for number in range(20):
+        texts = [f"{long}, series {number}", f"{long}, detailed, series {number}"]
+        entries = [image(prompt, sample, sample, text=texts[prompt]) for prompt in (0, 1) for sample in (0, 1)]
+        assert len({pair.split for pair in make(entries, heldout=0.5)}) == 1
+    apart = [image(number, sample, sample, text=f"a {number} cup") for number in range(20) for sample in (0, 1)]
+    assert len({pair.split for pair in make(apart, heldout=0.5)}) == 2
+
+
+def test_margin_takes_the_widest_of_each_prompt(scored):
+    one = make(scored, strategy="margin", per_prompt=1)
+    assert samples(one) == samples(make(scored, strategy="best_vs_worst"))
+    assert samples(make(scored, strategy="margin", per_prompt=15)) == samples(make(scored))
+    certainty = {key: abs(label - 0.5) for key, label in keyed(make(scored)).items()}
+    taken = samples(make(scored, strategy="margin", per_prompt=3))
+    for prompt in {key[0] for key in taken}:
+        left = [certainty[key] for key in certainty if key[0] == prompt and key not in taken]
+        kept = [certainty[key] for key in taken if key[0] == prompt]
+        assert len(kept) == min(3, len(kept) + len(left))
+        assert not left or max(left) <= min(kept)
+
+
+def keyed(made: list[Pair]) -> dict[tuple[str, frozenset[int]], float]:
+    return {(pair.prompt_id, frozenset((pair.sample_a, pair.sample_b))): pair.label for pair in made}
+
+
+def test_uncertainty_takes_the_closest_of_one_judge(scored):
+    labels = keyed(make(scored))
+    taken = samples(make(scored, strategy="uncertainty", per_prompt=1))
+    assert {key[0] for key in taken} == {key[0] for key in labels}
+    for key in taken:
+        assert abs(labels[key] - 0.5) == min(abs(labels[other] - 0.5) for other in labels if other[0] == key[0])
+
+
+def test_uncertainty_takes_what_several_judges_disagree_on():
+    """Far apart but disputed is less certain than close and agreed on."""
+    entries = [image(0, 0, 0.0), image(0, 1, 0.2), image(0, 2, 3.0)]
+    agreed = [dataclasses.replace(entry, disagreement=0.01) for entry in entries]
+    disputed = [*agreed[:2], dataclasses.replace(entries[2], disagreement=5.0)]
+    settings = {"strategy": "uncertainty", "per_prompt": 1}
+    assert samples(make(agreed, **settings)) == {("p0", frozenset((0, 1)))}
+    assert samples(make(disputed, **settings)) == {("p0", frozenset((1, 2)))}
+    unanimous = [dataclasses.replace(entry, disagreement=0.0) for entry in [*entries, image(0, 3, 3.0)]]
+    assert samples(make(unanimous, **settings)) == {("p0", frozenset((2, 3)))}
+
+
+def test_gaps_are_bounded_on_both_sides():
+    entries = [image(0, sample, margin) for sample, margin in enumerate((0.0, 0.4, 1.0, 4.0))]
+    made = make(entries, min_gap=0.5, max_gap=3.0)
+    assert samples(made) == {("p0", frozenset(pair)) for pair in ((0, 2), (1, 2), (2, 3))}
+
+
+def test_ties_are_kept_as_ties_below_the_least_gap():
+    entries = [image(0, sample, margin) for sample, margin in enumerate((0.0, 0.1, 0.5, 2.0))]
+    labels = keyed(make(entries, min_gap=1.0, tie=0.2))
+    assert {key: label for key, label in labels.items() if label == 0.5} == {("p0", frozenset((0, 1))): 0.5}
+    assert labels.keys() == samples(make(entries, min_gap=1.0)) | {("p0", frozenset((0, 1)))}
+
+
+@pytest.mark.parametrize("strategy", ["all", "best_vs_worst", "margin", "uncertainty"])
+@pytest.mark.parametrize("images", [2, 3, 6])
+def test_a_prompt_gives_as_many_pairs_as_the_rule_says(strategy, images):
+    rule = {"strategy": strategy, "per_prompt": 4 if strategy in ("margin", "uncertainty") else None}
+    entries = [image(0, sample, float(sample)) for sample in range(images)]
+    assert len(make(entries, **rule)) == Rule(**rule).most(images)
 
 
 def test_nothing_is_held_out_at_zero(scored):
@@ -129,6 +198,11 @@ def test_nothing_is_held_out_at_zero(scored):
         ("temperature", 0.0),
         ("temperature", math.nan),
         ("min_gap", -1.0),
+        ("max_gap", -1.0),
+        ("max_gap", math.inf),
+        ("tie", -0.1),
+        ("per_prompt", 3),
+        ("near", 0.0),
         ("heldout", 1.0),
         ("heldout", -0.1),
     ],
@@ -136,6 +210,11 @@ def test_nothing_is_held_out_at_zero(scored):
 def test_settings_out_of_range_are_named(scored, field, value):
     with pytest.raises(ValueError, match=rf"^{field}: "):
         make(scored, **{field: value})
+
+
+def test_a_strategy_that_takes_some_is_told_how_many(scored):
+    with pytest.raises(ValueError, match=r"^per_prompt: 'margin' takes"):
+        make(scored, strategy="margin")
 
 
 @pytest.mark.parametrize(
