@@ -26,7 +26,6 @@ from pipeline.rl.grpo import GRPO
 from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
 from pipeline.settings import load
-from rewards.backbones import QFormerReward, RewardProcessor
 from rewards.reward import ModelReward
 
 
@@ -63,8 +62,7 @@ def timings(config: Config, images: int, repeats: int) -> list[Timing]:
     process_state()
     generator = load_generator(config.generator.checkpoint)
     judge = config.judge.build("cpu")
-    backbone = config.reward.backbone
-    reward = ModelReward(QFormerReward.from_itm(backbone), RewardProcessor.from_pretrained(backbone))
+    reward = ModelReward(config.reward.untrained(config.seed))
     texts = [row.text for row in config.prompts.held_out(0, images)]
     keys = list(range(images))
     settings = config.sample

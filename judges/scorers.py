@@ -8,13 +8,13 @@ ImageReward (2304.05977), a BLIP with a head of its own, and HPSv3, a Qwen2-VL w
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from judges.base import Sample, Verdict, bare_verdict, only_image
@@ -24,6 +24,17 @@ Kind = Literal["clipscore", "preference"]
 TEMPLATES: dict[Kind, str] = {"clipscore": "A photo depicts {}", "preference": "{}"}
 WEIGHT = 2.5
 """Of a cosine in CLIPScore (2104.08718, section 3), which stretches it to about 0 to 1."""
+
+
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+def load_whole(kind: type[M], folder: str | Path, dtype: str | torch.dtype = "auto") -> M:
+    """A model of which the checkpoint holds every weight; otherwise ValueError, as new weights would score as well."""
+    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"checkpoint: {folder} lacks {missing[0]}; use one that was saved by {kind.__name__}")
+    return model
 
 
 class ClipJudge:
@@ -87,11 +98,8 @@ class ClipJudge:
                 f"checkpoint: {folder} holds a {config.model_type} model; a ClipJudge needs a CLIPModel in "
                 "transformers' format, such as PickScore"
             )
-        model, report = CLIPModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"checkpoint: {folder} lacks {missing[0]}; use one that was saved by CLIPModel")
         return cls(
-            model.to(device),
+            load_whole(CLIPModel, folder, dtype).to(device),
             AutoTokenizer.from_pretrained(processor or folder),
             CLIPImageProcessorPil.from_pretrained(processor or folder),
             **{"id": str(folder), **settings},

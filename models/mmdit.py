@@ -113,7 +113,8 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def hidden(self, latents: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, N, W) after the last block, and the time and text (B, W) that modulated it."""
         p, cells = self.config.patch, self.config.size // self.config.patch
         x = latents.unflatten(3, (cells, p)).unflatten(2, (cells, p))  # (B, C, h, p, w, p)
         x = self.patch_in(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, N, W)
@@ -122,6 +123,11 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         y = self.text_in(text)  # (B, L, W)
         for block in self.blocks:
             x, y = block(x, y, c, self.cos, self.sin)
+        return x, c
+
+    def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        p, cells = self.config.patch, self.config.size // self.config.patch
+        x, c = self.hidden(latents, t, text)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, -1)
         x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, C p p)
         x = x.unflatten(2, (-1, p, p)).unflatten(1, (cells, cells))  # (B, h, w, C, p, p)

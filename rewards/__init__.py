@@ -9,7 +9,18 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["metrics"],
     submod_attrs={
-        "backbones": ["QFormerReward", "RewardProcessor"],
+        "backbones": [
+            "ChatReward",
+            "ClipReward",
+            "Frozen",
+            "Full",
+            "ImageReward",
+            "LatentReward",
+            "Lora",
+            "QFormerReward",
+            "RewardModel",
+            "load_model",
+        ],
         "reward": ["GoldReward", "JudgeReward", "ModelReward", "Reward", "Rewards", "load_reward"],
     },
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from judges.base import Judge
 from judges.shapes.oracle import gold
-from rewards.backbones import QFormerReward, RewardProcessor, filled
+from rewards.backbones import RewardModel, filled, load_model
 
 
 @dataclass(frozen=True)
@@ -36,41 +36,45 @@ class Reward(Protocol):
 
 
 class ModelReward:
-    """A reward model's log-odds, in nats.
+    """A reward model's mean score: log-odds in nats, where its loss was Bradley-Terry.
 
     The network always runs on exactly `batch` pictures, the last batch filled up: a value is the same to the
     bit whatever else is rated with it.
     """
 
-    def __init__(self, model: QFormerReward, processor: RewardProcessor, batch: int = 32):
-        self.model = model.eval()
-        self.processor = processor
+    def __init__(self, model: RewardModel, batch: int = 32):
+        self.model = model
         self.batch = batch
-        self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
+        self._tokens: dict[str, dict[str, Tensor]] = {}
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards:
-        """Raises ValueError where a prompt is too long, or there are not as many prompts as images."""
+        """Raises ValueError where a prompt is too long, a picture has a size that the model does not read, or there are
+        not as many prompts as images."""
         if len(images) != len(prompts):
             raise ValueError(f"prompts: {len(prompts)} for {len(images)} images")
         if not len(images):
             return Rewards.of([])
-        ids, mask = self._encoded(prompts)
+        tokens = self._encoded(prompts)
         values = []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
-            rows = (self.processor.pixels(images[part]), ids[part], mask[part])
-            pixels, *tokens = (filled(row, self.batch).to(self.model.device) for row in rows)
-            rewards = self.model.reward(self.model.encode_images(pixels), *tokens)
+            pixels = self._filled(self.model.pixels(images[part]))
+            told = {name: self._filled(value[part]) for name, value in tokens.items()}
+            rewards = self.model.reward(self.model.encode(pixels), told).mean
             values.append(rewards[: len(images[part])].float().cpu().numpy())
         return Rewards.of(np.concatenate(values))
 
-    def _encoded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (B, L); an RL run asks for the same prompts again and again."""
+    def _filled(self, rows: Tensor) -> Tensor:
+        return filled(rows, self.batch).to(self.model.device)
+
+    def _encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model reads of prompts (B, L, ...); an RL run asks for the same ones again and again."""
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._tokens]:
-            self._tokens.update(zip(new, zip(*self.processor.tokens(new), strict=True), strict=True))
-        found = [self._tokens[prompt] for prompt in prompts]
-        return torch.stack([ids for ids, _ in found]), torch.stack([mask for _, mask in found])
+            found = self.model.tokens(new)
+            self._tokens |= {prompt: {n: value[row] for n, value in found.items()} for row, prompt in enumerate(new)}
+        rows = [self._tokens[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class JudgeReward:
@@ -92,6 +96,5 @@ class GoldReward:
 
 
 def load_reward(folder: str | Path, device: str | torch.device = "cpu") -> ModelReward:
-    """The reward model and its processor that were saved side by side in `folder`."""
-    model = QFormerReward.from_pretrained(folder, dtype=torch.float32)
-    return ModelReward(model.to(device), RewardProcessor.from_pretrained(folder))
+    """The reward model, of any backbone, that was saved in `folder`. Raises FileNotFoundError where there is none."""
+    return ModelReward(load_model(folder).to(device))

@@ -1,9 +1,10 @@
 """Trains a reward model on preference pairs of images, on trl's RewardTrainer, resumable bit for bit.
 
-The vision tower is frozen, so image features are computed once and a step costs a Q-Former. What a step sees
-is a function of its number: an epoch is a permutation keyed by (seed, epoch), the epochs are laid end to end
-and cut into full batches, and the trainer walks through them as through one. Nothing else is drawn, so there
-is no random state to restore, no partial batch, and no epoch's end at which a resumed run evaluates twice.
+Where the image tower is frozen its features are computed once, and a step costs only what reads them. What a step
+sees is a function of its number: an epoch is a permutation keyed by (seed, epoch), the epochs are laid end to end
+and cut into full batches, and the trainer walks through them as through one; noise, where a backbone wants any, is
+keyed by a pair's place in that order. So there is no random state to restore, no partial batch, and no epoch's end
+at which a resumed run evaluates twice.
 
 Of trl's trainer this keeps the loop, the optimiser, the schedule and the processes (accelerate); it replaces
 the loss, the evaluation and the checkpoints, which here are safetensors and JSON, whole or absent.
@@ -14,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,23 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from torch.optim import Optimizer
+from transformers import (
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig, RewardTrainer
 
-from rewards.backbones import QFormerReward, RewardProcessor, filled
-from rewards.losses import bradley_terry
+from models.keys import sample_key
+from rewards.backbones import Frozen, RewardModel, Trained, filled, make_trainable, merge
+from rewards.losses import BradleyTerry, PairLoss, Scores
 from rewards.metrics import pairwise_accuracy
 
 Key = tuple[str, int]  # prompt id and sample number
@@ -41,6 +52,9 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 _COLUMNS = ("prompt_id", "prompt", "sample_a", "sample_b", "label", "weight", "split")
 _ENCODED_AT_ONCE = 32
+_LOSS_LEARNING_RATE = 1e-2
+"""Of what a loss learns, one number of the order of 1, over some hundred steps."""
+_FROZEN, _BRADLEY_TERRY = Frozen(), BradleyTerry()
 _LOGGED = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -65,7 +79,10 @@ class RewardTraining:
         batch: pairs a step, over all processes together.
         warmup: share of the steps over which the learning rate rises from 0.
         save_steps: a checkpoint every so many steps, besides one after each epoch.
-        cache_features: hold the features of all images in memory, in fp32; False encodes them at every step.
+        cache_features: hold the features of all images in memory, in fp32, where the tower is frozen; False encodes
+            them at every step.
+        trained: how much of the model is trained.
+        loss: how scores explain soft labels.
     """
 
     epochs: int = 3
@@ -76,6 +93,8 @@ class RewardTraining:
     seed: int = 0
     save_steps: int = 200
     cache_features: bool = True
+    trained: Trained = _FROZEN
+    loss: PairLoss = _BRADLEY_TERRY
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "save_steps"):
@@ -90,8 +109,7 @@ class RewardTraining:
 
 
 def train(
-    model: QFormerReward,
-    processor: RewardProcessor,
+    model: RewardModel,
     pairs: Dataset,
     images: Picture,
     config: RewardTraining,
@@ -99,7 +117,8 @@ def train(
     on_step: OnStep = lambda step, steps, shown: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Train `model` in place, on the device it is on; it ends with the weights of the lowest held-out NLL.
+    """Train `model` in place, on the device it is on; it ends with the weights of the lowest held-out NLL, adapters
+    merged.
 
     Args:
         pairs: rows with the fields of `preferences.Pair`, both splits.
@@ -111,7 +130,9 @@ def train(
 
     Returns:
         `steps`, `best_step`, `train_pairs`, `heldout_pairs`, the weighted `heldout_nll` in nats and the
-        `heldout_accuracy` of the best step, and `curve`, both of these for every evaluation.
+        `heldout_accuracy` of the best step, `curve`, both of these for every evaluation, `trained_parameters`, and
+        `loss`, its settings with what it learned. The NLL is that of the soft labels under the probabilities that
+        the loss makes of scores, so it can be compared between losses.
 
     Raises:
         Stopped: `should_stop` said so; the last step, if there was one, is in a checkpoint.
@@ -122,17 +143,21 @@ def train(
     steps = step_count(len(rows["train"]), config)
     per_epoch = steps // config.epochs
     arguments = _arguments(config, folder, per_epoch, on_cpu=model.device.type == "cpu")
+    make_trainable(model, config.trained, sample_key(config.seed, "adapters"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model.to(arguments.device)
     table, keys, texts = _numbered(pairs)
-    encoder = _Encoder(model, processor, images, keys)
-    features = encoder.all(should_stop).__getitem__ if config.cache_features else encoder
+    encoder = _Encoder(model, images, keys)
+    features = encoder.all(should_stop).__getitem__ if config.cache_features and model.caches else encoder
+    order = _order(rows["train"], steps * config.batch, config.seed)
+    learner = _Learner(model, config.loss)
     trainer = _PairTrainer(
-        model,
+        learner,
         arguments,
-        data_collator=_Collator(features, *processor.tokens(texts)),
-        train_dataset=table.select(_order(rows["train"], steps * config.batch, config.seed)),
+        data_collator=_Collator(model, features, model.tokens(texts), config.seed),
+        train_dataset=Dataset.from_dict({**table[order], "draw": range(len(order))}),
         eval_dataset=table.select(rows["heldout"]),
-        processing_class=processor.tokenizer,
+        processing_class=model.tokenizer,
         compute_metrics=_heldout_metrics,
         callbacks=[_Conductor(on_step, should_stop)],
     )
@@ -141,7 +166,8 @@ def train(
     trainer.processing_class = None
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     best = trainer.restore_best()
-    model.eval()
+    merge(model)
+    model.requires_grad_(False)
     curve = [
         {"step": entry["step"], "heldout_nll": entry["eval_nll"], "heldout_accuracy": entry["eval_accuracy"]}
         for entry in trainer.state.log_history
@@ -156,6 +182,8 @@ def train(
         "heldout_nll": chosen["heldout_nll"],
         "heldout_accuracy": chosen["heldout_accuracy"],
         "curve": curve,
+        "trained_parameters": trained,
+        "loss": asdict(config.loss.fitted(learner.free)),
     }
 
 
@@ -218,7 +246,8 @@ def _arguments(config: RewardTraining, folder: Path, per_epoch: int, on_cpu: boo
         logging_nan_inf_filter=False,
         use_cpu=on_cpu,
         bf16=False,
-        ddp_find_unused_parameters=False,
+        # A LLaVA does not read its last vision layers.
+        ddp_find_unused_parameters=not isinstance(config.trained, Frozen),
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -226,15 +255,57 @@ def _arguments(config: RewardTraining, folder: Path, per_epoch: int, on_cpu: boo
     )
 
 
+class _Learner(PreTrainedModel):
+    """A reward model and what its loss learns, as trl wants a model to look: a classifier with one label."""
+
+    def __init__(self, model: RewardModel, loss: PairLoss):
+        super().__init__(PreTrainedConfig(num_labels=1))
+        self.model = model
+        self.loss = loss
+        self.free = loss.parameters()
+
+    def forward(
+        self, features: Tensor, tokens: dict[str, Tensor], label: Tensor, weight: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of B pairs, and log-probabilities of either order and both rewards (B, 4), without gradient.
+
+        `key` seeds a loss that samples.
+        """
+        generator = None if key is None else torch.Generator().manual_seed(int(key))
+        first, second = _halves(self.model(features, tokens))
+        # Weights average 1 over all pairs, not over each process's share of a batch: only undivided by that
+        # share's weights do the gradients of several processes average to that of one.
+        loss = self.loss(first, second, label, weight, self.free, generator) * weight.mean()
+        with torch.no_grad():
+            orders = _without_ties(self.loss.log_outcomes(first, second, self.free))
+            found = torch.cat([orders, torch.stack([first.mean, second.mean], dim=1)], dim=1)
+        return loss, found
+
+
+def _halves(scores: Scores) -> tuple[Scores, Scores]:
+    """Those of the first and of the second images."""
+    columns = (scores.mean, scores.log_std, scores.noise)
+    halves = [(None, None) if column is None else column.chunk(2) for column in columns]
+    return Scores(*(first for first, _ in halves)), Scores(*(second for _, second in halves))
+
+
+def _without_ties(log_outcomes: Tensor) -> Tensor:
+    """Log-probabilities (B, 2) of either order, from those (B, K) of the outcomes; a tie is half of each."""
+    if log_outcomes.shape[1] == 2:
+        return log_outcomes
+    win, tie, lose = log_outcomes.unbind(1)
+    half = tie - math.log(2)
+    return torch.stack([torch.logaddexp(win, half), torch.logaddexp(lose, half)], dim=1)
+
+
 class _Encoder:
-    """Features of images by number, (n, N, D).
+    """What never changes of images, by number (n, ...).
 
     It encodes a fixed number at once, so that they are the same to the bit whether cached or not.
     """
 
-    def __init__(self, model: QFormerReward, processor: RewardProcessor, picture: Picture, keys: Sequence[Key]):
+    def __init__(self, model: RewardModel, picture: Picture, keys: Sequence[Key]):
         self.model = model
-        self.processor = processor
         self.picture = picture
         self.keys = keys
 
@@ -243,8 +314,8 @@ class _Encoder:
         parts = []
         for start in range(0, len(numbers), _ENCODED_AT_ONCE):
             chosen = [self.keys[number] for number in numbers[start : start + _ENCODED_AT_ONCE]]
-            pixels = self.processor.pixels([self.picture(*key) for key in chosen])
-            features = self.model.encode_images(filled(pixels, _ENCODED_AT_ONCE).to(self.model.device))
+            pixels = self.model.pixels([self.picture(*key) for key in chosen])
+            features = self.model.encode(filled(pixels, _ENCODED_AT_ONCE).to(self.model.device))
             parts.append(features[: len(chosen)].float())
         return torch.cat(parts)
 
@@ -263,23 +334,32 @@ class _Collator:
     """Gathers a batch of B pairs, all first images before all second ones.
 
     Attributes:
-        features: image numbers to features (n, N, D).
-        ids: (P, L) tokens of every prompt; `mask` likewise.
+        features: image numbers to features (n, ...).
+        tokens: those of every prompt, (P, L, ...).
+        seed: of the noise in which the model may be trained; both images of a pair have the same.
     """
 
+    model: RewardModel
     features: Callable[[list[int]], Tensor]
-    ids: Tensor
-    mask: Tensor
+    tokens: dict[str, Tensor]
+    seed: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         images = [row["a"] for row in rows] + [row["b"] for row in rows]
         prompts = [row["prompt"] for row in rows] * 2
+        features = self.features(images)  # (2B, ...)
+        tokens = {name: value[prompts] for name, value in self.tokens.items()}  # (2B, L, ...)
+        drawn = {}
+        if "draw" in rows[0]:
+            keys = [sample_key(self.seed, "noise", row["draw"]) for row in rows]
+            features, tokens = self.model.noised(features, tokens, keys * 2)
+            drawn["key"] = torch.tensor([sample_key(self.seed, "loss", rows[0]["draw"])])
         return {
-            "image_features": self.features(images),  # (2B, N, D)
-            "input_ids": self.ids[prompts],  # (2B, L)
-            "attention_mask": self.mask[prompts],  # (2B, L)
+            "features": features,
+            "tokens": tokens,
             "label": torch.tensor([row["label"] for row in rows]),  # (B,)
             "weight": torch.tensor([row["weight"] for row in rows]),  # (B,)
+            **drawn,
         }
 
 
@@ -300,9 +380,13 @@ def _numbered(pairs: Dataset) -> tuple[Dataset, list[Key], list[str]]:
 
 
 def _heldout_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    (reward_a, reward_b), (label, weight) = prediction.predictions.T, prediction.label_ids.T
-    loss = bradley_terry(*(torch.from_numpy(column) for column in (reward_a, reward_b, label, weight)))
-    return {"nll": loss.item(), "accuracy": pairwise_accuracy(reward_a, reward_b, label)}
+    log_p, log_q, reward_a, reward_b = prediction.predictions.T
+    label, weight = prediction.label_ids.T
+    surprise = -(label * log_p + (1 - label) * log_q)
+    return {
+        "nll": float(np.average(surprise, weights=weight)),
+        "accuracy": pairwise_accuracy(reward_a, reward_b, label),
+    }
 
 
 def _any_process(flag: bool) -> bool:
@@ -343,37 +427,35 @@ class _PairTrainer(RewardTrainer):
     def _send_telemetry(self) -> None:
         pass
 
-    def _rewards(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The rewards of the first and of the second images, both (B,)."""
-        names = ("image_features", "input_ids", "attention_mask")
-        first, second = model(**{name: inputs[name] for name in names}).logits.squeeze(-1).chunk(2)
-        return first, second
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """What the loss learns has a rate of its own."""
+        if self.optimizer is None:
+            super().create_optimizer(self.model.model)
+            if free := list(self.model.free.parameters()):
+                self.optimizer.add_param_group({"params": free, "lr": _LOSS_LEARNING_RATE, "weight_decay": 0.0})
+        return self.optimizer
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        weight = inputs["weight"]
-        loss = bradley_terry(*self._rewards(model, inputs), inputs["label"], weight)
-        # Weights average 1 over all pairs, not over each process's share of a batch: only undivided by that
-        # share's weights do the gradients of several processes average to that of one.
-        return loss * weight.mean()
+        return model(**inputs)[0]
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Both rewards (B, 2), label and weight (B, 2): a mean of batch losses would depend on the batch."""
+        """What is known of each pair: a mean of batch losses would depend on the batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            rewards = torch.stack(self._rewards(model, inputs), dim=1)
-        return None, rewards, torch.stack([inputs["label"], inputs["weight"]], dim=1)
+            found = model(**inputs)[1]
+        return None, found, torch.stack([inputs["label"], inputs["weight"]], dim=1)
 
     def restore_best(self) -> int:
         """Load the weights with the lowest held-out NLL; their step."""

@@ -117,7 +117,13 @@ def _tiny(name: str, folder: Path, generator: Path, judge: Path) -> dict:
             "shard": 20,
         },
         "prefer": {"min_gap": 0.0, "heldout": 0.3},
-        "reward": {"backbone": str(judge / "itm"), "epochs": 2, "batch": 8, "learning_rate": 1e-3, "save_steps": 2},
+        "reward": {
+            "backbone": {"type": "qformer", "checkpoint": str(judge / "itm")},
+            "epochs": 2,
+            "batch": 8,
+            "learning_rate": 1e-3,
+            "save_steps": 2,
+        },
         "finetune": {
             "iterations": 4,
             "groups": 2,

@@ -17,7 +17,7 @@ from models import load_generator, sample
 from models.codec import to_images, to_pixels
 from pipeline.settings import load
 from pipeline.stages.pretrain import PretrainConfig, captions_of, pretrain, repainted
-from rewards.backbones import QFormerReward, RewardProcessor
+from rewards.backbones import QFormerReward
 
 JOBS = {
     "generator": {
@@ -65,10 +65,10 @@ def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(
     image = np.zeros((32, 32, 3), np.uint8)
     verdict = load_judge(folder / "vqa").score([image], ["a red ring above a blue cross"])[0]
     assert len(verdict.evidence) == 5
-    model = QFormerReward.from_itm(folder / "itm")
-    ids, mask = RewardProcessor.from_pretrained(folder / "itm").tokens(["a red ring above a blue cross"])
-    assert ids.shape == mask.shape == (1, 16)
-    assert model.config.num_query_tokens == 2
+    model = QFormerReward.from_checkpoint(folder / "itm")
+    tokens = model.tokens(["a red ring above a blue cross"])
+    assert tokens["input_ids"].shape == tokens["attention_mask"].shape == (1, 16)
+    assert model.network.config.num_query_tokens == 2
     before = (folder / "vqa" / "model.safetensors").read_bytes()
     assert (published("judge") / "vqa" / "model.safetensors").read_bytes() == before
 

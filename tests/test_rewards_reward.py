@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from judges.base import Verdict
-from rewards.backbones import QFormerReward, RewardProcessor
+from rewards.backbones import QFormerReward
 from rewards.reward import JudgeReward, ModelReward, load_reward
 
 PROMPTS = ["a red circle", "a blue square", "square"]
@@ -12,8 +12,7 @@ PROMPTS = ["a red circle", "a blue square", "square"]
 
 @pytest.fixture(scope="module")
 def reward(itm_folder) -> ModelReward:
-    model, processor = QFormerReward.from_itm(itm_folder), RewardProcessor.from_pretrained(itm_folder)
-    return ModelReward(model, processor, batch=4)
+    return ModelReward(QFormerReward.from_checkpoint(itm_folder), batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_prompts_must_be_as_many_as_images(reward, images):
 
 
 def test_a_value_that_is_no_number_is_not_valid(reward, images):
-    head = reward.model.reward_head.bias
+    head = reward.model.network.reward_head.bias
     kept = head.data.clone()
     head.data.fill_(float("inf"))
     rewards = reward(images[:2], PROMPTS[:2])
@@ -59,7 +58,6 @@ def test_a_value_that_is_no_number_is_not_valid(reward, images):
 
 def test_a_saved_reward_gives_the_same_values(reward, images, tmp_path):
     reward.model.save_pretrained(tmp_path)
-    reward.processor.save_pretrained(tmp_path)
     loaded = load_reward(tmp_path)
     loaded.batch = reward.batch
     prompts = prompts_of(images)

@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,11 +13,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rewards.backbones import QFormerReward, RewardProcessor
+from rewards.backbones import ChatReward, Full, LatentReward, Lora, QFormerReward, RewardModel
+from rewards.backbones.base import mlp
+from rewards.losses import BradleyTerry, Davidson, Gaussian, RaoKupper, Scores, make_loss
 from rewards.metrics import pairwise_accuracy
-from rewards.preferences import Scored, pairs
+from rewards.preferences import Pair
 from rewards.reward import ModelReward
 from rewards.train import RewardTraining, Stopped, _order, train
+from tests import tiny_chat
 
 PROMPTS = [f"a {'red ' * reds}{shape}" for reds in range(1, 6) for shape in ("circle", "square")] * 4
 CONFIG = RewardTraining(epochs=3, batch=16, learning_rate=3e-3, save_steps=4)
@@ -34,24 +39,25 @@ def redness(prompt_id: str, sample: int) -> float:
 
 
 def redder_is_better() -> Dataset:
-    scored = [
-        Scored(str(number), prompt, "colours", sample, redness(str(number), sample), True)
-        for number, prompt in enumerate(PROMPTS)
-        for sample in range(3)
-    ]
-    made = pairs(scored, "all", 1.0, 0.2, "rule", "1", heldout=0.3)
-    return Dataset.from_list([dataclasses.asdict(pair) for pair in made])
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        split = "heldout" if number % 5 == 0 else "train"
+        for pair in itertools.combinations(range(3), 2):
+            a, b = pair if (number + sum(pair)) % 2 else pair[::-1]
+            label = 1 / (1 + math.exp(redness(str(number), b) - redness(str(number), a)))
+            rows.append(Pair(str(number), prompt, "colours", a, b, label, 1.0, split, "all", "rule", "1"))
+    return Dataset.from_list([dataclasses.asdict(row) for row in rows])
 
 
 def fit(itm: Path, folder: Path, table: Dataset | None = None, **changes) -> tuple[QFormerReward, dict]:
     """Train from the checkpoint `itm`: the model and its metrics. `on_step`, `should_stop` go to `train`."""
     hooks = {name: changes.pop(name) for name in ("on_step", "should_stop") if name in changes}
-    model, processor = QFormerReward.from_itm(itm), RewardProcessor.from_pretrained(itm)
+    model = QFormerReward.from_checkpoint(itm)
     config = dataclasses.replace(CONFIG, **changes)
-    return model, train(model, processor, table or redder_is_better(), picture, config, folder, **hooks)
+    return model, train(model, table or redder_is_better(), picture, config, folder, **hooks)
 
 
-def differing(one: QFormerReward, other: QFormerReward) -> list[str]:
+def differing(one: RewardModel, other: RewardModel) -> list[str]:
     state = other.state_dict()
     return [name for name, value in one.state_dict().items() if not torch.equal(value, state[name])]
 
@@ -65,7 +71,7 @@ def test_learns_a_rule_that_carries_over_to_new_images(itm_folder, reference):
     model, metrics = reference
     assert metrics["heldout_accuracy"] > 0.9
     assert metrics["heldout_nll"] == min(point["heldout_nll"] for point in metrics["curve"])
-    reward = ModelReward(model, RewardProcessor.from_pretrained(itm_folder))
+    reward = ModelReward(model)
     new = [(str(number), sample) for number in range(20) for sample in (100, 101)]
     values = reward([picture(*key) for key in new], [PROMPTS[int(number)] for number, _ in new]).values
     truth = np.array([redness(*key) for key in new])
@@ -73,9 +79,9 @@ def test_learns_a_rule_that_carries_over_to_new_images(itm_folder, reference):
 
 
 def test_only_what_is_not_frozen_changes(itm_folder, reference):
-    changed = differing(reference[0], QFormerReward.from_itm(itm_folder))
+    changed = differing(reference[0], QFormerReward.from_checkpoint(itm_folder))
     assert changed
-    assert not any(name.startswith("vision_model.") for name in changed)
+    assert not any(name.startswith("network.vision_model.") for name in changed)
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(itm_folder, reference, tmp_path):
@@ -84,7 +90,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(itm_folder, reference, tmp_pa
     arguments = (itm_folder, tmp_path / "run", str(killed_at), str(torch.get_num_threads()))
     child = subprocess.run(
         [sys.executable, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
         cwd=tmp_path,
         check=False,
     )
@@ -110,6 +116,64 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(itm_folder, reference, tmp_p
     assert again == metrics
     assert differing(resumed, model) == []
     assert [step for step, _, shown in seen if "loss" in shown] == list(range(1, metrics["steps"] + 1))
+
+
+def chat(folder: Path) -> ChatReward:
+    network, processor = tiny_chat.llava()
+    return ChatReward(network, mlp((32, 8, 2), 0), processor, template="is there {} ?", size=16, length=64)
+
+
+CASES = {
+    "lora": (QFormerReward.from_checkpoint, {"trained": Lora(rank=2)}),
+    "full": (QFormerReward.from_checkpoint, {"trained": Full()}),
+    "latent": (LatentReward.from_checkpoint, {}),
+    "ties": (QFormerReward.from_checkpoint, {"loss": Davidson()}),
+    "sampled": (chat, {"loss": Gaussian(likelihood="sampled", samples=4)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_is_trained_resumes_to_the_bit(itm_folder, generator_folder, tmp_path, case):
+    make, changes = CASES[case]
+    checkpoint = generator_folder if case == "latent" else itm_folder
+    config = dataclasses.replace(CONFIG, epochs=1, **changes)
+
+    def run(folder: str, **hooks) -> tuple[RewardModel, dict]:
+        model = make(checkpoint)
+        return model, train(model, redder_is_better(), picture, config, tmp_path / folder, **hooks)
+
+    whole, metrics = run("whole")
+    assert differing(whole, make(checkpoint))
+    assert not any(parameter.requires_grad for parameter in whole.parameters())
+    seen = []
+    with pytest.raises(Stopped):
+        run("cut", on_step=lambda *now: seen.append(now), should_stop=lambda: len(seen) >= 3)
+    resumed, again = run("cut")
+    assert again == metrics
+    assert differing(resumed, whole) == []
+
+
+def test_what_a_loss_learns_is_told(itm_folder, tmp_path):
+    table = redder_is_better().map(lambda row: {"label": 0.5})
+    _, metrics = fit(itm_folder, tmp_path, table, loss=Davidson(tie=1.0))
+    assert make_loss(**metrics["loss"]).tie > 1.05
+    assert fit(itm_folder, tmp_path / "none", epochs=1)[1]["loss"] == dataclasses.asdict(BradleyTerry())
+
+
+def test_the_nll_of_any_loss_is_that_of_the_labels_under_its_probabilities(itm_folder, tmp_path):
+    table = redder_is_better()
+    heldout = [row for row in table if row["split"] == "heldout"]
+    label = torch.tensor([row["label"] for row in heldout])
+    for loss in (BradleyTerry(smoothing=0.2, margin=1.0), RaoKupper(learn=False), Davidson(learn=False)):
+        model, metrics = fit(itm_folder, tmp_path / loss.type, table, epochs=1, loss=loss)
+        reward = ModelReward(model)
+        a, b = (
+            reward([picture(row["prompt_id"], row[name]) for row in heldout], [row["prompt"] for row in heldout]).values
+            for name in ("sample_a", "sample_b")
+        )
+        p = loss.probability(Scores(torch.tensor(a)), Scores(torch.tensor(b)))
+        expected = torch.nn.functional.binary_cross_entropy(p, label).item()
+        assert metrics["heldout_nll"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_finished_training_is_not_done_again(itm_folder, tmp_path):
@@ -193,9 +257,9 @@ def test_settings_out_of_range_are_named(field, value):
     ],
 )
 def test_broken_pairs_are_named(itm_folder, tmp_path, field, change):
-    model, processor = QFormerReward.from_itm(itm_folder), RewardProcessor.from_pretrained(itm_folder)
+    model = QFormerReward.from_checkpoint(itm_folder)
     with pytest.raises(ValueError, match=rf"^{field}: "):
-        train(model, processor, change(redder_is_better()), picture, CONFIG, tmp_path)
+        train(model, change(redder_is_better()), picture, CONFIG, tmp_path)
 
 
 def _die(itm: str, folder: str, step: str, threads: str) -> None:

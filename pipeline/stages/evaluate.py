@@ -149,10 +149,7 @@ def _measure(context: Context, reward: "rewards.ModelReward") -> None:
     """Everything that is computed from all pictures at once."""
     artifact = context.artifact
     _measure_rollouts(context)
-    initial = rewards.ModelReward(
-        rewards.QFormerReward.from_itm(context.config.reward.backbone),
-        rewards.RewardProcessor.from_pretrained(context.config.reward.backbone),
-    )
+    initial = rewards.ModelReward(context.config.reward.untrained(context.config.seed))
     pairs, before = _scored_pairs(context, reward, initial)
     write_rows(artifact, "pairs.parquet", pairs, PAIRS)
     rows = read_rows(artifact).remove_columns("image").to_list()

@@ -105,7 +105,7 @@ def _reward(context: Context) -> "rewards.Reward":
     if kind == "model":
         reward = rewards.load_reward(context.inputs["reward"].folder / "model", device)
         if context.config.finetune.compile:
-            for part in (reward.model.vision_model, reward.model.qformer):
+            for part in reward.model.networks():
                 compile_module(part, context.accelerator.device)
         return reward
     if kind == "judge":

@@ -1,0 +1,68 @@
+"""Images and prompts as encoders read them: pixels of one size, tokens of one length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from rewards.backbones.base import Picture
+
+_UNSET_LENGTH = 1_000_000  # transformers puts about 1e30 where a tokenizer was saved without a length
+
+
+@dataclass(frozen=True)
+class RewardProcessor:
+    """A tokenizer and an image processor.
+
+    Every prompt is padded to the tokenizer's full length, so that a score does not depend on its batch-mates.
+    The image processor is always the PIL one: it resizes the same with and without torchvision.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, length: int | None = None) -> Self:
+        """The processor saved beside a model: a local folder or a hub id.
+
+        Args:
+            length: tokens that every prompt is padded to, where the tokenizer was saved without one.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if length is not None and tokenizer.model_max_length > _UNSET_LENGTH:
+            tokenizer.model_max_length = length
+        return cls(tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil"))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write both parts into `folder`, beside the model."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def pixels(self, images: Sequence[Picture], size: int) -> Tensor:
+        """Pixels (B, 3, size, size) in fp32. Raises ValueError where the image processor makes another size of one."""
+        pixels = self.image_processor(list(images), return_tensors="pt").pixel_values
+        if tuple(pixels.shape[-2:]) != (size, size):
+            height, width = pixels.shape[-2:]
+            raise ValueError(f"image: {width} x {height} pixels, the reward model reads {size} x {size}")
+        return pixels
+
+    def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, both (B, L) int64. Raises ValueError where a prompt is longer than L."""
+        length = self.tokenizer.model_max_length
+        found = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, padding_side="right", return_attention_mask=True
+        )
+        check_lengths(prompts, found["input_ids"], length)
+        return {name: torch.tensor(found[name]) for name in ("input_ids", "attention_mask")}
+
+
+def check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], length: int) -> None:
+    """Raises ValueError naming the first prompt of more than `length` tokens."""
+    for prompt, found in zip(prompts, ids, strict=True):
+        if len(found) > length:
+            raise ValueError(f"prompt: {len(found)} tokens, the reward model reads {length}: {prompt[:80]!r}")
