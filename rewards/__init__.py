@@ -21,6 +21,16 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "RewardModel",
             "load_model",
         ],
-        "reward": ["GoldReward", "JudgeReward", "ModelReward", "Reward", "Rewards", "load_reward"],
+        "mixture": ["Mixture", "Normaliser", "Term", "mixture_of"],
+        "reward": [
+            "GoldReward",
+            "JudgeReward",
+            "ModelReward",
+            "Reading",
+            "Reward",
+            "Rewards",
+            "load_reward",
+        ],
+        "rules": ["RuleReward"],
     },
 )

@@ -122,7 +122,10 @@ class Pair:
         label: soft label, the probability that image `sample_a` is better than `sample_b`.
         weight: every prompt has the same total within its split, unless the judge's certainty counts; the mean over the
             split is 1.
-        judge: the id of the judge that scored both; `template` is the version of its question.
+        strategy: how it was chosen; `table` if people did.
+        judge: the id of the judge that scored both; `template` is the version of its question. Of people's pairs they
+            are the table and its reader.
+        margin_a, margin_b: what the judge said of each image, in nats; NaN where nobody scored them.
     """
 
     prompt_id: str
@@ -133,9 +136,11 @@ class Pair:
     label: float
     weight: float
     split: Literal["train", "heldout"]
-    strategy: Strategy
+    strategy: Strategy | Literal["table"]
     judge: str
     template: str
+    margin_a: float = math.nan
+    margin_b: float = math.nan
 
 
 def pairs(scored: Iterable[Scored], rule: Rule, judge: str, template: str, heldout: float, near: float) -> list[Pair]:
@@ -152,24 +157,36 @@ def pairs(scored: Iterable[Scored], rule: Rule, judge: str, template: str, heldo
     Raises:
         ValueError: a setting or an image is out of range; the message starts with the field's name.
     """
-    if not 0 <= heldout < 1:
-        raise ValueError(f"heldout: {heldout} is not a share from 0 to below 1")
     groups = _by_prompt(scored)
-    family = families([group[0].prompt for group in groups], near)
+    splits = _splits([group[0].prompt for group in groups], heldout, near)
     found = []
     for group in groups:
-        split = "heldout" if unit_hash("split", family[group[0].prompt]) < heldout else "train"
+        split = splits[group[0].prompt]
         for a, b in sorted((_shuffled(*pair) for pair in rule.choose(group)), key=_samples):
             place = (a.prompt_id, a.prompt, a.skill, a.sample, b.sample)
             weight = _certainty(a, b) if rule.by_certainty else 1.0
-            found.append(Pair(*place, rule.label(a, b), weight, split, rule.strategy, judge, template))
+            made = (rule.label(a, b), weight, split, rule.strategy, judge, template)
+            found.append(Pair(*place, *made, a.margin, b.margin))
     return _balanced(found)
+
+
+def divided(found: Sequence[Pair], heldout: float, near: float) -> list[Pair]:
+    """Pairs that people labelled, in their splits and with their weights; `heldout` and `near` are those of `pairs`."""
+    splits = _splits([pair.prompt for pair in found], heldout, near)
+    return _balanced([replace(pair, split=splits[pair.prompt]) for pair in found])
 
 
 def unit_hash(*parts: str) -> float:
     """A number in [0, 1) that `parts` alone decide."""
     digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _splits(prompts: Iterable[str], heldout: float, near: float) -> dict[str, Literal["train", "heldout"]]:
+    if not 0 <= heldout < 1:
+        raise ValueError(f"heldout: {heldout} is not a share from 0 to below 1")
+    family = families(prompts, near)
+    return {prompt: "heldout" if unit_hash("split", family[prompt]) < heldout else "train" for prompt in family}
 
 
 def _by_prompt(scored: Iterable[Scored]) -> list[list[Scored]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from judges.base import Judge
 from judges.shapes.oracle import gold
 from rewards.backbones import RewardModel, filled, load_model
+from rewards.losses import Scores
 
 
 @dataclass(frozen=True)
@@ -35,35 +36,82 @@ class Reward(Protocol):
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards: ...
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How several opinions become one value (Coste et al., 2310.02743, section 4).
+
+    `worst` is the least head's; `penalised` is the mean less `coefficient` times the standard deviation, over the heads
+    or, where there is one, that which the model gives of its reward. The paper subtracts the variance; a standard
+    deviation has the unit of the reward.
+    """
+
+    how: Literal["mean", "worst", "penalised"] = "mean"
+    coefficient: float = 1.0
+
+    def __call__(self, scores: Scores) -> Tensor:
+        """Values (B,). Raises ValueError where the scores do not hold what is read."""
+        if self.how == "mean":
+            return scores.mean
+        if scores.heads is not None:
+            if self.how == "worst":
+                return scores.heads.amin(dim=1)
+            return scores.mean - self.coefficient * scores.heads.std(dim=1, correction=0)
+        if self.how == "worst" or scores.log_std is None:
+            raise ValueError(
+                f"reading: {self.how!r}, but the reward model has one head; train several (reward.ensemble.heads)"
+            )
+        return scores.mean - self.coefficient * scores.log_std.exp()
+
+
 class ModelReward:
-    """A reward model's mean score: log-odds in nats, where its loss was Bradley-Terry.
+    """A reward model's score: log-odds in nats, where its loss was Bradley-Terry.
 
     The network always runs on exactly `batch` pictures, the last batch filled up: a value is the same to the
     bit whatever else is rated with it.
+
+    Args:
+        reading: what of its scores is the value.
+        temperature: by which values are divided; that which `rewards.train` fits makes nats of them.
     """
 
-    def __init__(self, model: RewardModel, batch: int = 32):
+    def __init__(self, model: RewardModel, batch: int = 32, reading: Reading = Reading(), temperature: float = 1.0):
         self.model = model
         self.batch = batch
+        self.reading = reading
+        self.temperature = temperature
         self._tokens: dict[str, dict[str, Tensor]] = {}
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Rewards:
-        """Raises ValueError where a prompt is too long, a picture has a size that the model does not read, or there are
-        not as many prompts as images."""
+        """The values read from `scores`, which raises the same errors."""
+        return Rewards.of((self.reading(self.scores(images, prompts)) / self.temperature).numpy())
+
+    @torch.inference_mode()
+    def scores(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
+        """Scores (B,) in fp32 on the CPU.
+
+        Raises:
+            ValueError: a prompt is too long, a picture has a size that the model does not read, or there are not as
+                many prompts as images.
+        """
         if len(images) != len(prompts):
             raise ValueError(f"prompts: {len(prompts)} for {len(images)} images")
         if not len(images):
-            return Rewards.of([])
+            return Scores(torch.empty(0))
         tokens = self._encoded(prompts)
-        values = []
+        found: list[Scores] = []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
             pixels = self._filled(self.model.pixels(images[part]))
             told = {name: self._filled(value[part]) for name, value in tokens.items()}
-            rewards = self.model.reward(self.model.encode(pixels), told).mean
-            values.append(rewards[: len(images[part])].float().cpu().numpy())
-        return Rewards.of(np.concatenate(values))
+            found.append(self.model.reward(self.model.encode(pixels), told))
+        sizes = [min(self.batch, len(images) - start) for start in range(0, len(images), self.batch)]
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([part[:size].float().cpu() for part, size in zip(parts, sizes, strict=True)])
+
+        log_std = None if found[0].log_std is None else joined([one.log_std for one in found])
+        heads = None if found[0].heads is None else joined([one.heads for one in found])
+        return Scores(joined([one.mean for one in found]), log_std, heads=heads)
 
     def _filled(self, rows: Tensor) -> Tensor:
         return filled(rows, self.batch).to(self.model.device)

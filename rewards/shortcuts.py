@@ -157,7 +157,7 @@ def effects(
     """What each of `probes` that is for all pictures does to a reward, on the pictures to which it applies."""
     names = np.asarray(prompts)
     before = reward(images, prompts).values.astype(float)
-    scale = _spread(before, names) or np.nan
+    scale = spread(before, names) or np.nan
     found = []
     for probe in probes:
         if probe.tried_on != "all":
@@ -172,7 +172,7 @@ def effects(
     return tuple(found)
 
 
-def _spread(values: np.ndarray, prompts: np.ndarray) -> float:
+def spread(values: np.ndarray, prompts: np.ndarray) -> float:
     """Standard deviation within prompts, or over all where no prompt has two."""
     known = np.isfinite(values)
     means, found = prompt_means(values, prompts)

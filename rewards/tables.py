@@ -44,11 +44,13 @@ class Table:
         path: a file, a folder of files, or the id of a hub dataset, `owner/name`.
         split: which files of a folder, or which split of a hub dataset; a file is read whatever its name.
         config: the configuration of a hub dataset that has several.
+        revision: the commit, tag or branch of a hub dataset; None for the newest.
     """
 
     path: str
     split: str = "test"
     config: str | None = None
+    revision: str | None = None
 
     @functools.cached_property
     def source(self) -> str:
@@ -62,10 +64,10 @@ class Table:
             ValueError: there is no table, it cannot be read, or it lacks a column; the message names the table.
         """
         wanted = {*optional, *(name for names in required for name in names)}
-        if self._on_hub:
+        if self.on_hub:
             yield from self._checked(_hub(self), required)
             return
-        for path in self._files():
+        for path in self.files():
             try:
                 yield from self._checked(_READERS[path.suffix](path, wanted), required)
             except OSError as error:
@@ -96,7 +98,7 @@ class Table:
         return self._found(value)
 
     def _found(self, name: str) -> bytes | Path:
-        if self._on_hub:
+        if self.on_hub:
             raise ValueError(f"{name} is a file on the hub; download the dataset and give its folder")
         if (path := self._folder / name).is_file() or (path := self._folder / self._split / name).is_file():
             return path
@@ -110,7 +112,8 @@ class Table:
         raise ValueError(f"{name} is not there")
 
     @functools.cached_property
-    def _on_hub(self) -> bool:
+    def on_hub(self) -> bool:
+        """Whether `path` names a dataset of the hub, and nothing that is here."""
         named = self.path.count("/") == 1 and not self.path.startswith((".", "/", "~"))
         return named and not Path(self.path).exists() and not self.path.endswith(SUFFIXES)
 
@@ -122,8 +125,12 @@ class Table:
     def _split(self) -> str:
         return self.split if Path(self.path).is_dir() else Path(self.path).stem
 
-    def _files(self) -> list[Path]:
-        """The files of the table: the one at `path`, or those of the split in the folder and in those within it."""
+    def files(self) -> list[Path]:
+        """The files of the table: the one at `path`, or those of the split in the folder and in those within it.
+
+        Raises:
+            ValueError: there is none, or it is of another kind.
+        """
         path = Path(self.path)
         if not path.is_dir():
             if path.suffix not in SUFFIXES:
@@ -211,7 +218,9 @@ def _hub(table: Table) -> Iterator[Any]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(table.path, table.config, split=table.split, streaming=True)
+        rows = datasets.load_dataset(
+            table.path, table.config, split=table.split, revision=table.revision, streaming=True
+        )
         # Of CSV files datasets knows no features before it reads them; they hold no pictures to decode.
         yield from rows.decode(False) if rows.features else rows
     except RuntimeError as error:

@@ -1,9 +1,12 @@
 """Trains a reward model on preference pairs of images, on trl's RewardTrainer, resumable bit for bit.
 
-Where the image tower is frozen its features are computed once, and a step costs only what reads them. What a step
-sees is a function of its number: an epoch is a permutation keyed by (seed, epoch), the epochs are laid end to end
-and cut into full batches, and the trainer walks through them as through one; noise, where a backbone wants any, is
-keyed by a pair's place in that order. So there is no random state to restore, no partial batch, and no epoch's end
+Where the image tower is frozen its features are computed once, and a step costs only what reads them; where it is
+trained, other processes decode the pictures of the next steps. A step reads a picture once, whatever number of its
+pairs share it.
+
+What a step sees is a function of its number: an epoch is a permutation keyed by (seed, epoch), the epochs are laid end
+to end and cut into full batches, and the trainer walks through them as through one; noise, where a backbone wants any,
+is keyed by a pair's place in that order. So there is no random state to restore, no partial batch, and no epoch's end
 at which a resumed run evaluates twice.
 
 Of trl's trainer this keeps the loop, the optimiser, the schedule and the processes (accelerate); it replaces
@@ -15,9 +18,10 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedConfig,
@@ -41,15 +46,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig, RewardTrainer
 
+from judges.pairwise import fit_temperature
 from models.keys import sample_key
-from rewards.backbones import Frozen, RewardModel, Trained, filled, make_trainable, merge
+from rewards.backbones import Frozen, RewardModel, Trained, checkpointed, filled, make_trainable, merge
+from rewards.heads import LEVELLED, bootstrap_weights, level
 from rewards.losses import BradleyTerry, PairLoss, Scores
 from rewards.metrics import pairwise_accuracy
 
 Key = tuple[str, int]  # prompt id and sample number
 Picture = Callable[[str, int], np.ndarray | Image.Image]
 OnStep = Callable[[int, int, dict[str, float]], None]
+Dtype = Literal["float32", "bfloat16"]
 
+_MARGINS = ("margin_a", "margin_b")
 _COLUMNS = ("prompt_id", "prompt", "sample_a", "sample_b", "label", "weight", "split")
 _ENCODED_AT_ONCE = 32
 _LOSS_LEARNING_RATE = 1e-2
@@ -77,29 +86,46 @@ class RewardTraining:
     Attributes:
         epochs: passes over the training pairs; the model is evaluated after each.
         batch: pairs a step, over all processes together.
+        grouped: the pairs of a prompt follow one another, and so share most of their pictures, which a step reads once
+            (InstructGPT, 2203.02155, section 3.5). A step then sees fewer prompts: it suits larger batches.
         warmup: share of the steps over which the learning rate rises from 0.
         save_steps: a checkpoint every so many steps, besides one after each epoch.
+        patience: training ends after so many evaluations in a row that did not lower the held-out NLL; None never
+            ends it early. The learning rate falls as if it were to go on.
         cache_features: hold the features of all images in memory, in fp32, where the tower is frozen; False encodes
             them at every step.
+        workers: processes that decode pictures; 0 decodes them between the steps. It changes no result.
+        dtype: of products (autocast); weights, losses and the optimiser's state are fp32 in any case.
+        gradient_checkpointing: keep the input of each layer alone and compute what is inside again for the gradient:
+            a third more work, the same result, and a fraction of the memory.
         trained: how much of the model is trained.
         loss: how scores explain soft labels.
     """
 
     epochs: int = 3
     batch: int = 32
+    grouped: bool = False
     learning_rate: float = 1e-5
     weight_decay: float = 0.05
     warmup: float = 0.1
     seed: int = 0
     save_steps: int = 200
+    patience: int | None = None
     cache_features: bool = True
+    workers: int = 0
+    dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False
     trained: Trained = _FROZEN
     loss: PairLoss = _BRADLEY_TERRY
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "save_steps"):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch", "save_steps", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is less than 1")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers} is less than 0")
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype: {self.dtype!r} is none of {', '.join(get_args(Dtype))}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: {self.learning_rate} is not a positive number")
         if not 0 <= self.weight_decay < math.inf:
@@ -122,15 +148,17 @@ def train(
 
     Args:
         pairs: rows with the fields of `preferences.Pair`, both splits.
-        images: the picture, PIL or uint8 (H, W, 3), of a prompt id and a sample number.
+        images: the picture, PIL or uint8 (H, W, 3), of a prompt id and a sample number; with `workers` it is called
+            in other processes.
         folder: for checkpoints alone; where one stands, training goes on from it.
         on_step: called on every process with the step, the number of steps, and what was measured: `loss`,
             `learning_rate`, `grad_norm` after a step, `heldout_nll`, `heldout_accuracy` after an evaluation.
         should_stop: asked after every step; the yes of one process stops all.
 
     Returns:
-        `steps`, `best_step`, `train_pairs`, `heldout_pairs`, the weighted `heldout_nll` in nats and the
-        `heldout_accuracy` of the best step, `curve`, both of these for every evaluation, `trained_parameters`, and
+        `steps`, those done, `best_step`, `train_pairs`, `heldout_pairs`, the weighted `heldout_nll` in nats and the
+        `heldout_accuracy` of the best step, the `temperature` by which its margins would be divided to fit the held-out
+        labels best (None where none fits), `curve`, both of these for every evaluation, `trained_parameters`, and
         `loss`, its settings with what it learned. The NLL is that of the soft labels under the probabilities that
         the loss makes of scores, so it can be compared between losses.
 
@@ -139,7 +167,7 @@ def train(
         ValueError: a column or a split of `pairs` is missing or out of range, or `batch` does not divide.
         FloatingPointError: the loss is no finite number.
     """
-    rows = _split_rows(pairs)
+    rows = split_rows(pairs, config.loss)
     steps = step_count(len(rows["train"]), config)
     per_epoch = steps // config.epochs
     arguments = _arguments(config, folder, per_epoch, on_cpu=model.device.type == "cpu")
@@ -147,41 +175,56 @@ def train(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model.to(arguments.device)
     table, keys, texts = _numbered(pairs)
-    encoder = _Encoder(model, images, keys)
-    features = encoder.all(should_stop).__getitem__ if config.cache_features and model.caches else encoder
-    order = _order(rows["train"], steps * config.batch, config.seed)
-    learner = _Learner(model, config.loss)
+    read = _Reader(model, images, keys)
+    cached = config.cache_features and model.caches
+    shown = _all_features(read, config, should_stop).__getitem__ if cached else read
+    arguments.dataloader_num_workers = 0 if cached else config.workers
+    groups = list(pairs["prompt_id"]) if config.grouped else None
+    order = training_order(rows["train"], steps * config.batch, config.seed, groups)
+    told = model.tokens(texts)
+    bootstrap = bootstrap_weights(texts, model.head_count, config.seed) if model.head_count > 1 else None
+    learner = _Learner(model, config.loss, config.dtype, cached)
     trainer = _PairTrainer(
         learner,
         arguments,
-        data_collator=_Collator(model, features, model.tokens(texts), config.seed),
+        data_collator=_Collator(shown, told, config.seed, model.noisy, bootstrap),
         train_dataset=Dataset.from_dict({**table[order], "draw": range(len(order))}),
         eval_dataset=table.select(rows["heldout"]),
         processing_class=model.tokenizer,
         compute_metrics=_heldout_metrics,
-        callbacks=[_Conductor(on_step, should_stop)],
+        callbacks=[_Conductor(on_step, should_stop, config.patience)],
     )
     trainer.remove_callback(PrinterCallback)
     # It would write the tokenizer's special tokens into the config of a language model that is not there.
     trainer.processing_class = None
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    stood = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME)) if last else None
+    if stood and _is_spent(stood, config.patience):
+        trainer.state = stood
+    else:
+        with checkpointed(model, config.gradient_checkpointing):
+            trainer.train(resume_from_checkpoint=last)
     best = trainer.restore_best()
     merge(model)
     model.requires_grad_(False)
-    curve = [
-        {"step": entry["step"], "heldout_nll": entry["eval_nll"], "heldout_accuracy": entry["eval_accuracy"]}
-        for entry in trainer.state.log_history
-        if "eval_nll" in entry
-    ]
-    chosen = next(point for point in curve if point["step"] == best)
+    if model.head_count > 1:
+        seen = table.select(rows["train"][:LEVELLED])
+        level(model, read, list(seen["a"]) + list(seen["b"]), told, list(seen["prompt"]) * 2)
+    found = [entry for entry in trainer.state.log_history if "eval_nll" in entry]
+    chosen = next(entry for entry in found if entry["step"] == best)
+    temperature = chosen["eval_temperature"]
     return {
-        "steps": steps,
+        "steps": trainer.state.global_step,
         "best_step": best,
         "train_pairs": len(rows["train"]),
         "heldout_pairs": len(rows["heldout"]),
-        "heldout_nll": chosen["heldout_nll"],
-        "heldout_accuracy": chosen["heldout_accuracy"],
-        "curve": curve,
+        "heldout_nll": chosen["eval_nll"],
+        "heldout_accuracy": chosen["eval_accuracy"],
+        "temperature": temperature if math.isfinite(temperature) else None,
+        "curve": [
+            {"step": entry["step"], "heldout_nll": entry["eval_nll"], "heldout_accuracy": entry["eval_accuracy"]}
+            for entry in found
+        ],
         "trained_parameters": trained,
         "loss": asdict(config.loss.fitted(learner.free)),
     }
@@ -192,8 +235,13 @@ def step_count(pairs: int, config: RewardTraining) -> int:
     return config.epochs * max(1, round(pairs / config.batch))
 
 
-def _split_rows(pairs: Dataset) -> dict[str, list[int]]:
-    """The row numbers of each split of `pairs`, which is checked."""
+def split_rows(pairs: Dataset, loss: PairLoss) -> dict[str, list[int]]:
+    """The row numbers of each split of `pairs`.
+
+    Raises:
+        ValueError: a column or a split is missing, a value out of range, or what `loss` learns is not there; the
+            message starts with the field's name.
+    """
     if missing := [name for name in _COLUMNS if name not in pairs.column_names]:
         raise ValueError(f"pairs: no column {', '.join(missing)}")
     splits = list(pairs["split"])
@@ -206,14 +254,30 @@ def _split_rows(pairs: Dataset) -> dict[str, list[int]]:
         raise ValueError("label: not every one is a probability")
     if not ((weight > 0) & np.isfinite(weight)).all():
         raise ValueError("weight: not every one is a positive number")
+    if loss.of_margins and not np.isfinite(_margins(pairs)).all():
+        raise ValueError(f"loss: {loss.type} learns the judge's margins, and not every picture has one")
     return rows
 
 
-def _order(rows: Sequence[int], count: int, seed: int) -> list[int]:
-    """`count` row numbers: `rows` in a permutation keyed by `seed` and epoch, epoch after epoch."""
-    epochs = math.ceil(count / len(rows))
-    order = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)]
-    return np.concatenate(order)[:count].tolist()
+def _margins(pairs: Dataset) -> np.ndarray:
+    """The judge's margins (N, 2) of both images, NaN where the table does not tell."""
+    known = [pairs[name] if name in pairs.column_names else [math.nan] * len(pairs) for name in _MARGINS]
+    return np.array(known, dtype=np.float32).T
+
+
+def training_order(rows: Sequence[int], count: int, seed: int, prompts: Sequence[str] | None = None) -> list[int]:
+    """`count` row numbers: `rows` in a permutation keyed by `seed` and epoch, epoch after epoch.
+
+    With `prompts`, the id of every row of the table, the rows of a prompt come one after the other.
+    """
+    order: list[int] = []
+    for epoch in range(math.ceil(count / len(rows))):
+        drawn = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+        if prompts is not None:
+            first = {prompts[row]: place for place, row in reversed(list(enumerate(drawn)))}
+            drawn.sort(key=lambda row: first[prompts[row]])
+        order += drawn
+    return order[:count]
 
 
 def _arguments(config: RewardTraining, folder: Path, per_epoch: int, on_cpu: bool) -> RewardConfig:
@@ -258,35 +322,59 @@ def _arguments(config: RewardTraining, folder: Path, per_epoch: int, on_cpu: boo
 class _Learner(PreTrainedModel):
     """A reward model and what its loss learns, as trl wants a model to look: a classifier with one label."""
 
-    def __init__(self, model: RewardModel, loss: PairLoss):
+    def __init__(self, model: RewardModel, loss: PairLoss, dtype: Dtype, cached: bool):
         super().__init__(PreTrainedConfig(num_labels=1))
         self.model = model
         self.loss = loss
+        self.products = dtype
+        self.cached = cached
         self.free = loss.parameters()
 
     def forward(
-        self, features: Tensor, tokens: dict[str, Tensor], label: Tensor, weight: Tensor, key: Tensor | None = None
+        self,
+        shown: Tensor,
+        tokens: dict[str, Tensor],
+        label: Tensor,
+        margin: Tensor,
+        weight: Tensor,
+        first: Tensor,
+        second: Tensor,
+        noise: Tensor | None = None,
+        key: Tensor | None = None,
+        bootstrap: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss of B pairs, and log-probabilities of either order and both rewards (B, 4), without gradient.
 
-        `key` seeds a loss that samples.
+        `shown` (U, ...) are features, or the pixels to make them of, and `first` and `second` (B,) the places of the
+        pairs' images among them. `noise` (U,) keys that in which the model is trained, `key` seeds a loss that samples,
+        `bootstrap` (B, M) is what pairs weigh for each head of an ensemble.
         """
         generator = None if key is None else torch.Generator().manual_seed(int(key))
-        first, second = _halves(self.model(features, tokens))
+        features = shown if self.cached else _encoded(self.model, shown, self.products)
+        if noise is not None:
+            features, tokens = self.model.noised(features, tokens, noise.tolist())
+        with _autocast(features.device, self.products):
+            scores = self.model(features, tokens)
+        first, second = (_single(scores[side]) for side in (first, second))
         # Weights average 1 over all pairs, not over each process's share of a batch: only undivided by that
         # share's weights do the gradients of several processes average to that of one.
-        loss = self.loss(first, second, label, weight, self.free, generator) * weight.mean()
+        target = self.loss.target(label, margin)
+        members = list(zip(first.members(), second.members(), strict=True))
+        weights = (weight[:, None] * (1.0 if bootstrap is None else bootstrap)).expand(-1, len(members)).unbind(1)
+        losses = [
+            self.loss(a, b, target, each, self.free, generator) * each.mean()
+            for (a, b), each in zip(members, weights, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
         with torch.no_grad():
             orders = _without_ties(self.loss.log_outcomes(first, second, self.free))
             found = torch.cat([orders, torch.stack([first.mean, second.mean], dim=1)], dim=1)
         return loss, found
 
 
-def _halves(scores: Scores) -> tuple[Scores, Scores]:
-    """Those of the first and of the second images."""
-    columns = (scores.mean, scores.log_std, scores.noise)
-    halves = [(None, None) if column is None else column.chunk(2) for column in columns]
-    return Scores(*(first for first, _ in halves)), Scores(*(second for _, second in halves))
+def _single(scores: Scores) -> Scores:
+    """The same in fp32."""
+    return Scores(**{name: None if part is None else part.float() for name, part in vars(scores).items()})
 
 
 def _without_ties(log_outcomes: Tensor) -> Tensor:
@@ -298,66 +386,84 @@ def _without_ties(log_outcomes: Tensor) -> Tensor:
     return torch.stack([torch.logaddexp(win, half), torch.logaddexp(lose, half)], dim=1)
 
 
-class _Encoder:
-    """What never changes of images, by number (n, ...).
+@dataclass(frozen=True)
+class _Reader:
+    """Pictures, by number, as the tower reads them: (n, ...) in fp32 on the CPU."""
+
+    model: RewardModel
+    picture: Picture
+    keys: Sequence[Key]
+
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        return self.model.pixels([self.picture(*self.keys[number]) for number in numbers])
+
+
+def _all_features(read: _Reader, config: RewardTraining, should_stop: Callable[[], bool]) -> Tensor:
+    """The features of every image, in main memory. Raises Stopped where `should_stop` says so."""
+    numbers = range(len(read.keys))
+    batches = [numbers[start : start + _ENCODED_AT_ONCE] for start in numbers[::_ENCODED_AT_ONCE]]
+    parts = []
+    for pixels in DataLoader(batches, batch_size=None, collate_fn=read, num_workers=config.workers):
+        if _any_process(should_stop()):
+            raise Stopped
+        parts.append(_encoded(read.model, pixels, config.dtype).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _encoded(model: RewardModel, pixels: Tensor, dtype: Dtype) -> Tensor:
+    """What never changes of images (n, ...), on the model's device.
 
     It encodes a fixed number at once, so that they are the same to the bit whether cached or not.
     """
+    parts = []
+    with _autocast(model.device, dtype):
+        for part in pixels.split(_ENCODED_AT_ONCE):
+            features = model.encode(filled(part.to(model.device), _ENCODED_AT_ONCE))
+            parts.append(features[: len(part)].float())
+    return torch.cat(parts)
 
-    def __init__(self, model: RewardModel, picture: Picture, keys: Sequence[Key]):
-        self.model = model
-        self.picture = picture
-        self.keys = keys
 
-    @torch.no_grad()
-    def __call__(self, numbers: Sequence[int]) -> Tensor:
-        parts = []
-        for start in range(0, len(numbers), _ENCODED_AT_ONCE):
-            chosen = [self.keys[number] for number in numbers[start : start + _ENCODED_AT_ONCE]]
-            pixels = self.model.pixels([self.picture(*key) for key in chosen])
-            features = self.model.encode(filled(pixels, _ENCODED_AT_ONCE).to(self.model.device))
-            parts.append(features[: len(chosen)].float())
-        return torch.cat(parts)
-
-    def all(self, should_stop: Callable[[], bool]) -> Tensor:
-        """The features of every image, in main memory. Raises Stopped where `should_stop` says so."""
-        parts = []
-        for start in range(0, len(self.keys), _ENCODED_AT_ONCE):
-            if _any_process(should_stop()):
-                raise Stopped
-            parts.append(self(range(start, min(start + _ENCODED_AT_ONCE, len(self.keys)))).cpu())
-        return torch.cat(parts)
+def _autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @dataclass(frozen=True)
 class _Collator:
-    """Gathers a batch of B pairs, all first images before all second ones.
+    """Gathers a batch of B pairs, of which U images are different; each is read once.
 
     Attributes:
-        features: image numbers to features (n, ...).
+        shown: image numbers to features, or to pixels (n, ...).
         tokens: those of every prompt, (P, L, ...).
         seed: of the noise in which the model may be trained; both images of a pair have the same.
+        noisy: whether it is, so that an image differs from pair to pair.
+        bootstrap: what each prompt weighs for each head, (P, M); None where there is one head.
     """
 
-    model: RewardModel
-    features: Callable[[list[int]], Tensor]
+    shown: Callable[[list[int]], Tensor]
     tokens: dict[str, Tensor]
     seed: int
+    noisy: bool
+    bootstrap: Tensor | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        images = [row["a"] for row in rows] + [row["b"] for row in rows]
-        prompts = [row["prompt"] for row in rows] * 2
-        features = self.features(images)  # (2B, ...)
-        tokens = {name: value[prompts] for name, value in self.tokens.items()}  # (2B, L, ...)
-        drawn = {}
+        noisy = self.noisy and "draw" in rows[0]
+        keys = [sample_key(self.seed, "noise", row["draw"]) if noisy else 0 for row in rows]
+        sides = [[(row[side], row["prompt"], key) for row, key in zip(rows, keys, strict=True)] for side in ("a", "b")]
+        place = {one: number for number, one in enumerate(dict.fromkeys(sides[0] + sides[1]))}
+        images, prompts, noise = zip(*place, strict=True)
+        drawn = {"noise": torch.tensor(noise)} if noisy else {}  # (U,)
         if "draw" in rows[0]:
-            keys = [sample_key(self.seed, "noise", row["draw"]) for row in rows]
-            features, tokens = self.model.noised(features, tokens, keys * 2)
             drawn["key"] = torch.tensor([sample_key(self.seed, "loss", rows[0]["draw"])])
+            if self.bootstrap is not None:
+                drawn["bootstrap"] = self.bootstrap[[row["prompt"] for row in rows]]  # (B, M)
         return {
-            "features": features,
-            "tokens": tokens,
+            "first": torch.tensor([place[one] for one in sides[0]]),  # (B,)
+            "second": torch.tensor([place[one] for one in sides[1]]),  # (B,)
+            "shown": self.shown(list(images)),  # (U, ...)
+            "tokens": {name: value[list(prompts)] for name, value in self.tokens.items()},  # (U, L, ...)
             "label": torch.tensor([row["label"] for row in rows]),  # (B,)
+            "margin": torch.tensor([row["margin"] for row in rows]),  # (B, 2)
             "weight": torch.tensor([row["weight"] for row in rows]),  # (B,)
             **drawn,
         }
@@ -375,6 +481,7 @@ def _numbered(pairs: Dataset) -> tuple[Dataset, list[Key], list[str]]:
         "prompt": [texts[text] for text in pairs["prompt"]],
         "label": list(pairs["label"]),
         "weight": list(pairs["weight"]),
+        "margin": _margins(pairs),
     }
     return Dataset.from_dict(columns), list(keys), list(texts)
 
@@ -386,19 +493,35 @@ def _heldout_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {
         "nll": float(np.average(surprise, weights=weight)),
         "accuracy": pairwise_accuracy(reward_a, reward_b, label),
+        "temperature": _temperature(reward_a - reward_b, label),
     }
+
+
+def _temperature(margin: np.ndarray, label: np.ndarray) -> float:
+    """By which margins are divided to be nats, NaN where no temperature fits."""
+    try:
+        return fit_temperature(margin, label)
+    except ValueError:
+        return math.nan
 
 
 def _any_process(flag: bool) -> bool:
     return bool(gather(torch.tensor([int(flag)], device=PartialState().device)).any())
 
 
+def _is_spent(state: TrainerState, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations did not lower the held-out NLL."""
+    found = [entry["eval_nll"] for entry in state.log_history if "eval_nll" in entry]
+    return patience is not None and len(found) > patience and min(found[-patience:]) >= min(found[:-patience])
+
+
 class _Conductor(TrainerCallback):
     """Reports, saves what was evaluated, and stops after a save."""
 
-    def __init__(self, on_step: OnStep, should_stop: Callable[[], bool]):
+    def __init__(self, on_step: OnStep, should_stop: Callable[[], bool], patience: int | None):
         self.on_step = on_step
         self.should_stop = should_stop
+        self.patience = patience
         self.stopping = False
 
     def on_step_end(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -406,7 +529,8 @@ class _Conductor(TrainerCallback):
         control.should_save |= control.should_evaluate or self.stopping
 
     def on_save(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.stopping and state.global_step < state.max_steps:
+        control.should_training_stop |= _is_spent(state, self.patience)
+        if self.stopping and state.global_step < state.max_steps and not control.should_training_stop:
             raise Stopped
 
     def on_log(self, args: RewardConfig, state: TrainerState, control: TrainerControl, logs: dict, **_: Any) -> None:

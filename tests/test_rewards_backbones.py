@@ -453,6 +453,50 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folders, tmp_path):
         ImageReward.from_checkpoint(tmp_path)
 
 
+ENSEMBLES = tuple(kind for kind in KINDS if kind != "chat")
+
+
+def scored(model: RewardModel, images: Sequence[np.ndarray]) -> Scores:
+    texts = WORLD if model.kind == "latent" else PROMPTS
+    return model.reward(model.encode(model.pixels(images[:4])), model.tokens(texts))
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_heads_differ_and_the_score_is_their_mean(build, images, kind):
+    found = scored(build(kind).with_heads(3, seed=1), images)
+    assert found.heads.shape == (4, 3)
+    torch.testing.assert_close(found.mean, found.heads.mean(dim=1))
+    assert found.heads.std(dim=1).min() > 1e-4
+    again, other = (scored(build(kind).with_heads(3, seed=seed), images) for seed in (1, 2))
+    assert torch.equal(again.heads, found.heads)
+    assert not torch.equal(other.heads, found.heads)
+    assert scored(build(kind), images).heads is None
+
+
+def test_the_mean_of_a_qformers_heads_starts_as_the_log_odds_that_image_and_prompt_match(build, images):
+    whole, several = build("qformer"), build("qformer").with_heads(4, seed=0)
+    torch.testing.assert_close(scored(several, images).mean, scored(whole, images).mean, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_an_ensemble_is_trained_at_its_heads_and_saved_with_them(build, images, tmp_path, kind):
+    model = build(kind).with_heads(3, seed=1)
+    make_trainable(model, Frozen(share=1.0), seed=0)
+    first, second = scored(model, images).heads[:, 0].sum(), scored(model, images).heads[:, 1].sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(value, parameters, allow_unused=True) for value in (first, second)]
+    assert any(a is None or b is None or not torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.head_count == 3
+    assert torch.equal(scored(loaded, images).heads, scored(model, images).heads)
+
+
+def test_a_backbone_without_a_head_of_that_kind_refuses_several(build):
+    with pytest.raises(ValueError, match=r"^ensemble: a chat reward takes one head"):
+        build("chat").with_heads(2, seed=0)
+
+
 def test_prompts_are_padded_to_one_length(build):
     model = build("qformer")
     alone, together = model.tokens(["square"]), model.tokens(PROMPTS)

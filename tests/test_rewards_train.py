@@ -13,13 +13,24 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rewards.backbones import ChatReward, Full, LatentReward, Lora, QFormerReward, RewardModel
+from rewards.backbones import (
+    ChatReward,
+    Frozen,
+    Full,
+    LatentReward,
+    Lora,
+    QFormerReward,
+    RewardModel,
+    checkpointed,
+    make_trainable,
+)
 from rewards.backbones.base import mlp
-from rewards.losses import BradleyTerry, Davidson, Gaussian, RaoKupper, Scores, make_loss
+from rewards.heads import bootstrap_weights
+from rewards.losses import BradleyTerry, Davidson, Gaussian, Pointwise, RaoKupper, Scores, make_loss
 from rewards.metrics import pairwise_accuracy
 from rewards.preferences import Pair
 from rewards.reward import ModelReward
-from rewards.train import RewardTraining, Stopped, _order, train
+from rewards.train import RewardTraining, Stopped, train, training_order
 from tests import tiny_chat
 
 PROMPTS = [f"a {'red ' * reds}{shape}" for reds in range(1, 6) for shape in ("circle", "square")] * 4
@@ -129,6 +140,7 @@ CASES = {
     "latent": (LatentReward.from_checkpoint, {}),
     "ties": (QFormerReward.from_checkpoint, {"loss": Davidson()}),
     "sampled": (chat, {"loss": Gaussian(likelihood="sampled", samples=4)}),
+    "ensemble": (lambda folder: QFormerReward.from_checkpoint(folder).with_heads(3, seed=0), {}),
 }
 
 
@@ -151,6 +163,51 @@ def test_whatever_is_trained_resumes_to_the_bit(itm_folder, generator_folder, tm
     resumed, again = run("cut")
     assert again == metrics
     assert differing(resumed, whole) == []
+
+
+def model_heads(model: RewardModel, keys: list[tuple[str, int]]) -> torch.Tensor:
+    return ModelReward(model).scores([picture(*key) for key in keys], [PROMPTS[int(n)] for n, _ in keys]).heads
+
+
+def test_every_head_learns_from_prompts_of_its_own_weight(itm_folder, tmp_path):
+    model = QFormerReward.from_checkpoint(itm_folder).with_heads(3, seed=0)
+    metrics = train(model, redder_is_better(), picture, CONFIG, tmp_path)
+    assert metrics["heldout_accuracy"] > 0.9
+    keys = [(str(number), sample) for number in range(20) for sample in (100, 101)]
+    values = model_heads(model, keys)
+    truth = np.array([redness(*key) for key in keys])
+    levels = model_heads(model, [(str(n), k) for n in range(20) if n % 5 for k in range(3)]).mean(dim=0)
+    assert levels.max() - levels.min() < 0.05 * values.std()
+    for head in values.unbind(1):
+        assert pairwise_accuracy(head[::2], head[1::2], truth[::2] > truth[1::2]) > 0.8
+
+
+def test_the_bootstrap_weighs_prompts_by_one_on_average_and_each_head_its_own_way():
+    texts = [f"prompt {number}" for number in range(4000)]
+    weights = bootstrap_weights(texts, 3, seed=0)
+    assert weights.mean(dim=0).tolist() == pytest.approx([1.0] * 3, abs=0.06)
+    assert weights.std(dim=0).tolist() == pytest.approx([1.0] * 3, abs=0.1)
+    assert torch.corrcoef(weights.T).triu(1).abs().max() < 0.06
+    assert torch.equal(bootstrap_weights(texts[:7], 3, seed=0), weights[:7])
+
+
+def test_the_temperature_fits_the_heldout_labels(itm_folder, reference, tmp_path):
+    model, metrics = reference
+    heldout = [row for row in redder_is_better() if row["split"] == "heldout"]
+    reward = ModelReward(model)
+    a, b = (
+        reward([picture(row["prompt_id"], row[name]) for row in heldout], [row["prompt"] for row in heldout]).values
+        for name in ("sample_a", "sample_b")
+    )
+    label = np.array([row["label"] for row in heldout])
+
+    def nll(temperature: float) -> float:
+        return float(
+            np.logaddexp(0, (b - a) / temperature) @ label + np.logaddexp(0, (a - b) / temperature) @ (1 - label)
+        )
+
+    best = metrics["temperature"]
+    assert nll(best) <= min(nll(best * 1.01), nll(best / 1.01), nll(1.0))
 
 
 def test_what_a_loss_learns_is_told(itm_folder, tmp_path):
@@ -214,6 +271,123 @@ def test_the_best_step_is_restored(itm_folder, tmp_path):
     assert differing(again, model) == []
 
 
+def worse_and_worse() -> Dataset:
+    """Held-out pairs say the opposite of what is learned."""
+    return redder_is_better().map(
+        lambda row: {"label": 1 - row["label"] if row["split"] == "heldout" else row["label"]}
+    )
+
+
+def test_patience_ends_training_when_the_heldout_nll_no_longer_falls(itm_folder, tmp_path):
+    _, metrics = fit(itm_folder, tmp_path / "ended", worse_and_worse(), epochs=5, patience=2)
+    losses = [point["heldout_nll"] for point in metrics["curve"]]
+    assert len(losses) == 3
+    assert min(losses[1:]) >= losses[0] == metrics["heldout_nll"]
+    assert metrics["steps"] == metrics["curve"][-1]["step"] == 3 * metrics["best_step"]
+    _, whole = fit(itm_folder, tmp_path / "whole", worse_and_worse(), epochs=5)
+    assert whole["curve"][:3] == metrics["curve"]
+    assert whole["steps"] > metrics["steps"]
+
+
+def test_a_training_that_ended_early_is_not_gone_on_with(itm_folder, tmp_path):
+    first, metrics = fit(itm_folder, tmp_path, worse_and_worse(), epochs=4, patience=1)
+    seen = []
+    second, again = fit(
+        itm_folder, tmp_path, worse_and_worse(), epochs=4, patience=1, on_step=lambda *now: seen.append(now)
+    )
+    assert seen == []
+    assert again == metrics
+    assert differing(second, first) == []
+
+
+def test_interrupted_before_its_patience_ends_it_ends_the_same(itm_folder, tmp_path):
+    first, metrics = fit(itm_folder, tmp_path / "whole", worse_and_worse(), epochs=4, patience=1)
+    seen = []
+    with pytest.raises(Stopped):
+        fit(
+            itm_folder,
+            tmp_path / "cut",
+            worse_and_worse(),
+            epochs=4,
+            patience=1,
+            on_step=lambda *now: seen.append(now),
+            should_stop=lambda: len(seen) >= metrics["best_step"] + 2,
+        )
+    second, again = fit(itm_folder, tmp_path / "cut", worse_and_worse(), epochs=4, patience=1)
+    assert again == metrics
+    assert differing(second, first) == []
+
+
+@pytest.mark.parametrize("trained", [Full(), Frozen()], ids=lambda trained: trained.type)
+def test_workers_change_nothing_and_decode_elsewhere(itm_folder, tmp_path, trained):
+    def told(prompt_id: str, sample: int) -> np.ndarray:
+        (tmp_path / str(os.getpid())).touch()
+        return picture(prompt_id, sample)
+
+    models = []
+    for workers in (0, 2):
+        model = QFormerReward.from_checkpoint(itm_folder)
+        config = dataclasses.replace(CONFIG, epochs=1, trained=trained, workers=workers)
+        metrics = train(model, redder_is_better(), told if workers else picture, config, tmp_path / f"run{workers}")
+        models.append((model, metrics))
+    (one, metrics), (other, again) = models
+    assert again == metrics
+    assert differing(other, one) == []
+    assert not (tmp_path / str(os.getpid())).exists()
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) >= 2
+
+
+def test_checkpointed_layers_are_trained_the_same_and_keep_less(itm_folder, tmp_path):
+    plain, metrics = fit(itm_folder, tmp_path / "plain", epochs=1, trained=Full())
+    spared, again = fit(itm_folder, tmp_path / "spared", epochs=1, trained=Full(), gradient_checkpointing=True)
+    assert again == metrics
+    assert differing(spared, plain) == []
+
+    def kept(spare: bool) -> int:
+        """Bytes that are held for the gradient of one batch."""
+        model = QFormerReward.from_checkpoint(itm_folder)
+        make_trainable(model, Full(), 0)
+        pixels, tokens = model.pixels([picture("0", k) for k in range(8)]), model.tokens(PROMPTS[:8])
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with checkpointed(model, spare), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(pixels, tokens).mean.sum()
+        return sum(sizes.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
+
+    assert kept(True) < kept(False) / 2
+
+
+def test_bfloat16_learns_nearly_the_same(itm_folder, tmp_path, reference):
+    model, metrics = fit(itm_folder, tmp_path, dtype="bfloat16")
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    assert differing(model, reference[0])
+    assert metrics["heldout_accuracy"] > 0.9
+    assert metrics["heldout_nll"] == pytest.approx(reference[1]["heldout_nll"], abs=0.05)
+
+
+@pytest.mark.parametrize("error", ["mse", "huber", "bce"])
+def test_pointwise_regression_learns_the_margins_themselves(itm_folder, tmp_path, error):
+    def margins(row: dict) -> dict:
+        return {f"margin_{side}": redness(row["prompt_id"], row[f"sample_{side}"]) / 3 - 2 for side in "ab"}
+
+    table = redder_is_better().map(margins)
+    model, metrics = fit(itm_folder, tmp_path, table, epochs=8, loss=Pointwise(error=error))
+    assert metrics["heldout_accuracy"] > 0.9
+    heldout = [row for row in table if row["split"] == "heldout"]
+    images, prompts = [picture(r["prompt_id"], r["sample_a"]) for r in heldout], [r["prompt"] for r in heldout]
+    missed = ModelReward(model)(images, prompts).values - [row["margin_a"] for row in heldout]
+    assert np.abs(missed).mean() < np.std([row["margin_a"] for row in heldout]) / 2
+
+
+def test_pointwise_regression_needs_margins(itm_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"^loss: pointwise learns the judge's margins, and not every picture has one"):
+        fit(itm_folder, tmp_path, loss=Pointwise())
+
+
 def test_checkpoints_hold_no_pickle(itm_folder, tmp_path):
     fit(itm_folder, tmp_path, epochs=1)
     for path in tmp_path.rglob("*.*"):
@@ -224,11 +398,28 @@ def test_checkpoints_hold_no_pickle(itm_folder, tmp_path):
 
 def test_order_is_a_permutation_an_epoch_and_keyed_by_the_seed():
     rows = [3, 5, 8, 13, 21]
-    order = _order(rows, 12, seed=1)
+    order = training_order(rows, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == rows
     assert order[:5] != order[5:10]
-    assert _order(rows, 7, seed=1) == order[:7]
-    assert _order(rows, 12, seed=2) != order
+    assert training_order(rows, 7, seed=1) == order[:7]
+    assert training_order(rows, 12, seed=2) != order
+
+
+def test_grouped_keeps_the_pairs_of_a_prompt_together():
+    rows, prompts = list(range(30)), [str(row // 3) for row in range(30)]
+    order = training_order(rows, 60, 1, prompts)
+    for epoch in (order[:30], order[30:]):
+        assert sorted(epoch) == rows
+        assert all(len({prompts[row] for row in epoch[start : start + 3]}) == 1 for start in range(0, 30, 3))
+    assert order[:30] != order[30:]
+
+
+def test_pictures_that_pairs_share_are_read_once_a_step(itm_folder, tmp_path, monkeypatch):
+    seen, score = [], QFormerReward.score
+    monkeypatch.setattr(QFormerReward, "score", lambda self, x, tokens: seen.append(len(x)) or score(self, x, tokens))
+    _, metrics = fit(itm_folder, tmp_path, epochs=2, batch=6, grouped=True)
+    assert set(seen) == {6}  # of two prompts with three pictures and three pairs each, both in training and after it
+    assert metrics["heldout_accuracy"] > 0.7
 
 
 @pytest.mark.parametrize(
@@ -237,6 +428,9 @@ def test_order_is_a_permutation_an_epoch_and_keyed_by_the_seed():
         ("epochs", 0),
         ("batch", 0),
         ("save_steps", 0),
+        ("patience", 0),
+        ("workers", -1),
+        ("dtype", "float16"),
         ("learning_rate", 0.0),
         ("weight_decay", -1),
         ("warmup", 1),

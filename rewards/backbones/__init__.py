@@ -8,7 +8,7 @@ from rewards.backbones.clip import ClipReward
 from rewards.backbones.imagereward import ImageReward
 from rewards.backbones.latent import LatentReward
 from rewards.backbones.qformer import QFormerReward
-from rewards.backbones.trainable import Frozen, Full, Lora, Trained, make_trainable, merge
+from rewards.backbones.trainable import Frozen, Full, Lora, Trained, checkpointed, make_trainable, merge
 
 BACKBONES: dict[str, type[RewardModel]] = {
     found.kind: found for found in (QFormerReward, ClipReward, ImageReward, ChatReward, LatentReward)
@@ -27,6 +27,7 @@ __all__ = [
     "QFormerReward",
     "RewardModel",
     "Trained",
+    "checkpointed",
     "filled",
     "load_model",
     "make_trainable",

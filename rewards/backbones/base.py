@@ -3,7 +3,7 @@
 A reward model reads a picture with a tower that sees nothing else, and then prompt and picture together. Where the
 tower is frozen its features can be computed once a picture; prompts are tokenised once in any case.
 
-Shapes: B images, H W their size in pixels as the model reads them, L tokens of a prompt.
+Shapes: B images, H W their size in pixels as the model reads them, L tokens of a prompt, M heads of an ensemble.
 """
 
 import json
@@ -95,6 +95,22 @@ class RewardModel(nn.Module, ABC):
         """The inverse of `_save`."""
 
     @property
+    def head_count(self) -> int:
+        return 1
+
+    def with_heads(self, count: int, seed: int) -> Self:
+        """This model, scoring by the mean of so many heads on the same features, new where `seed` makes them so.
+
+        Raises:
+            ValueError: the backbone's score is not a head's.
+        """
+        raise ValueError(f"ensemble: a {self.kind} reward takes one head; set heads to 1, or take another backbone")
+
+    def shift_heads(self, by: Tensor) -> None:
+        """Add a constant (M,) to what each of several heads says."""
+        raise NotImplementedError
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -115,6 +131,11 @@ class RewardModel(nn.Module, ABC):
         return self.score(features if self.caches else self.look(features), tokens)
 
     forward = reward
+
+    @property
+    def noisy(self) -> bool:
+        """Whether `noised` changes what it is given."""
+        return type(self).noised is not RewardModel.noised
 
     def noised(
         self, features: Tensor, tokens: dict[str, Tensor], keys: Sequence[int]
@@ -160,6 +181,24 @@ def filled(rows: Tensor, size: int) -> Tensor:
     Matrix products round differently for different numbers of rows; at one size, a row's result is its own.
     """
     return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
+
+
+class Heads(nn.ModuleList):
+    """M heads on the same features (B, ..., W): what each of them says, (B, ..., M)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([head(features) for head in self], dim=-1)
+
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        for head, constant in zip(self, by, strict=True):
+            head[-1].bias += constant
+
+
+def spread(weight: Tensor, count: int, seed: int) -> Tensor:
+    """Copies (count, ...) of `weight` that differ by Gaussian noise of its size and have it as their mean."""
+    noise = torch.randn(count, *weight.shape, generator=torch.Generator().manual_seed(seed))
+    return weight + weight.square().mean().sqrt() * (noise - noise.mean(dim=0)).to(weight)
 
 
 def mlp(widths: Sequence[int], seed: int, activation: type[nn.Module] = nn.Identity) -> nn.Sequential:

@@ -5,7 +5,7 @@ two pictures of one prompt are the log-odds, in nats, that the first is preferre
 loads as it is, PickScore among them; HPSv2's own weights are open_clip's and need to be converted to one. SigLIP's
 bias is left out, since it is the same for both pictures of a pair.
 
-Shapes: B images, N tokens and D width of their features, E width of the embeddings, L tokens of a prompt.
+Shapes: B images, N tokens and D width of their features, E width of the embeddings, L tokens of a prompt, M heads.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from judges.scorers import load_whole
-from rewards.backbones.base import Parts, Picture, RewardModel
+from rewards.backbones.base import HEAD, Parts, Picture, RewardModel, spread
 from rewards.backbones.processor import RewardProcessor
 from rewards.losses import Scores
 
@@ -45,6 +46,8 @@ class ClipReward(RewardModel):
         self.network, self.processor = network, processor
         self.tokenizer = processor.tokenizer
         self.siglip = isinstance(network, SiglipModel)
+        self.heads: nn.Parameter | None = None  # (M, E, E)
+        self.levels: nn.Parameter | None = None  # (M,)
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -105,8 +108,28 @@ class ClipReward(RewardModel):
             seen = self.network.vision_model.head(features)  # (B, E)
         else:
             seen, told = self.network.visual_projection(features), self.network.text_projection(told)
-        cosine = (F.normalize(seen, dim=-1) * F.normalize(told, dim=-1)).sum(-1)
-        return Scores(self.network.logit_scale.exp() * cosine)
+        told = F.normalize(told, dim=-1)
+        if self.heads is None:
+            return Scores(self.network.logit_scale.exp() * (F.normalize(seen, dim=-1) * told).sum(-1))
+        seen = F.normalize(torch.einsum("mef,bf->bme", self.heads, seen), dim=-1)
+        cosine = torch.einsum("bme,be->bm", seen, told)
+        return Scores.of_heads(self.network.logit_scale.exp() * cosine + self.levels)
+
+    @property
+    def head_count(self) -> int:
+        return 1 if self.heads is None else len(self.heads)
+
+    def with_heads(self, count: int, seed: int) -> Self:
+        """Each sees the picture's embedding through a matrix of its own, which starts near the identity."""
+        width = self.network.config.projection_dim if not self.siglip else self.network.config.vision_config.hidden_size
+        eye = torch.eye(width, device=self.device)
+        self.heads = nn.Parameter(spread(eye, count, seed), requires_grad=False)
+        self.levels = nn.Parameter(eye.new_zeros(count), requires_grad=False)
+        return self
+
+    @torch.no_grad()
+    def shift_heads(self, by: Tensor) -> None:
+        self.levels += by
 
     def parts(self) -> Parts:
         vision, text = self.network.vision_model, self.network.text_model
@@ -114,11 +137,12 @@ class ClipReward(RewardModel):
             before, after = (), (vision.head, text.head)
         else:
             before, after = (vision.pre_layrnorm,), (self.network.visual_projection, self.network.text_projection)
+        heads = () if self.heads is None else (self.heads,)
         return Parts(
             tower=(vision.embeddings, *before, vision.encoder, vision.post_layernorm),
             stem=(text.embeddings,),
             layers=tuple(text.encoder.layers),
-            top=(text.final_layer_norm, *after, self.network.logit_scale),
+            top=(text.final_layer_norm, *after, self.network.logit_scale, *heads),
         )
 
     def networks(self) -> tuple[nn.Module, ...]:
@@ -127,11 +151,18 @@ class ClipReward(RewardModel):
     def _save(self, folder: Path) -> dict[str, Any]:
         self.network.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        return {}
+        if self.heads is None:
+            return {}
+        save_file({"heads": self.heads.data, "levels": self.levels.data}, folder / HEAD)
+        return {"heads": len(self.heads)}
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
-        return cls.from_checkpoint(folder)
+    def _load(cls, folder: Path, heads: int = 1) -> Self:
+        model = cls.from_checkpoint(folder)
+        if heads > 1:
+            for part, value in load_file(folder / HEAD).items():
+                setattr(model, part, nn.Parameter(value, requires_grad=False))
+        return model
 
 
 def _siglip_config(blip2: Blip2Config, length: int) -> SiglipConfig:

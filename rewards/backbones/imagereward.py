@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from judges.scorers import load_whole
-from rewards.backbones.base import HEAD, Parts, Picture, RewardModel, mlp
+from models.keys import sample_key
+from rewards.backbones.base import HEAD, Heads, Parts, Picture, RewardModel, mlp
 from rewards.backbones.processor import RewardProcessor
 from rewards.losses import Scores
 
@@ -42,7 +43,7 @@ class ImageReward(RewardModel):
 
     kind = "imagereward"
 
-    def __init__(self, network: BlipForImageTextRetrieval, head: nn.Sequential, processor: RewardProcessor):
+    def __init__(self, network: BlipForImageTextRetrieval, head: nn.Sequential | Heads, processor: RewardProcessor):
         super().__init__()
         self.network, self.head, self.processor = network, head, processor
         self.tokenizer = processor.tokenizer
@@ -96,7 +97,19 @@ class ImageReward(RewardModel):
 
     def score(self, features: Tensor, tokens: dict[str, Tensor]) -> Scores:
         grounded = self.network.text_encoder(**tokens, encoder_hidden_states=features).last_hidden_state  # (B, L, D)
-        return Scores(self.head(grounded[:, 0]).squeeze(-1))
+        return Scores.of_heads(self.head(grounded[:, 0]))
+
+    @property
+    def head_count(self) -> int:
+        return len(self.head) if isinstance(self.head, Heads) else 1
+
+    def with_heads(self, count: int, seed: int) -> Self:
+        self.head = Heads(_head(self.network.config, sample_key(seed, head)) for head in range(count))
+        self.head.requires_grad_(False)
+        return self
+
+    def shift_heads(self, by: Tensor) -> None:
+        self.head.shift(by)
 
     def parts(self) -> Parts:
         text = self.network.text_encoder
@@ -109,11 +122,13 @@ class ImageReward(RewardModel):
         self.network.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         save_file(self.head.state_dict(), folder / HEAD)
-        return {}
+        return {"heads": len(self.head)} if isinstance(self.head, Heads) else {}
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, heads: int = 1) -> Self:
         model = cls.from_checkpoint(folder)
+        if heads > 1:
+            model.with_heads(heads, seed=0)
         model.head.load_state_dict(load_file(folder / HEAD))
         return model
 

@@ -6,7 +6,7 @@ after its last block, which time and prompt modulate; a head on each token, aver
 features of several layers, and the mean over several draws of noise when a picture is read; clean pictures are read as
 they are.
 
-Shapes: B latents, C channels, S their size, N image tokens, W width, L text tokens.
+Shapes: B latents, C channels, S their size, N image tokens, W width, L text tokens, M heads.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from models.generator import Conditioning, NativeGenerator
 from models.keys import sample_key
 from models.paths import noised
 from models.samplers import keyed_noise
-from rewards.backbones.base import HEAD, Parts, Picture, RewardModel, mlp
+from rewards.backbones.base import HEAD, Heads, Parts, Picture, RewardModel, mlp
 from rewards.backbones.processor import check_lengths
 from rewards.losses import Scores
 
@@ -37,7 +37,7 @@ class LatentReward(RewardModel):
     `most_noise`, both pictures with the same noise.
 
     Args:
-        head: (B, N, W) -> (B, N, 1).
+        head: (B, N, W) -> (B, N, M).
 
     Raises:
         ValueError: `most_noise` is no time.
@@ -45,7 +45,7 @@ class LatentReward(RewardModel):
 
     kind = "latent"
 
-    def __init__(self, generator: NativeGenerator, head: nn.Sequential, most_noise: float = 0.5):
+    def __init__(self, generator: NativeGenerator, head: nn.Sequential | Heads, most_noise: float = 0.5):
         super().__init__()
         if not 0 <= most_noise <= 1:
             raise ValueError(f"most_noise: {most_noise} is no time from 0 to 1")
@@ -63,9 +63,7 @@ class LatentReward(RewardModel):
             FileNotFoundError: `folder` holds no generator.
         """
         generator = NativeGenerator.from_pretrained(folder)
-        width = generator.transformer.config.width
-        head = nn.Sequential(nn.LayerNorm(width), *mlp((width, width, 1), seed, nn.GELU))
-        return cls(generator, head, most_noise)
+        return cls(generator, _head(generator.transformer.config.width, seed), most_noise)
 
     def pixels(self, images: Sequence[Picture]) -> Tensor:
         side = PATCH * self.transformer.config.size
@@ -97,7 +95,7 @@ class LatentReward(RewardModel):
         t = tokens.get("t")
         times = features.new_zeros(len(features)) if t is None else t
         read, _ = self.transformer.hidden(features, times, tokens["text"])  # (B, N, W)
-        return Scores(self.head(read).mean(dim=(1, 2)), noise=t)
+        return Scores.of_heads(self.head(read).mean(dim=1), noise=t)
 
     def score_latents(self, latents: Tensor, t: float | Tensor, cond: Conditioning) -> Scores:
         """Scores (B,) of latents (B, C, S, S) at time `t`, a float or (B,), under prompts that the generator encoded.
@@ -115,6 +113,18 @@ class LatentReward(RewardModel):
         noise = keyed_noise(list(keys), tuple(features.shape[1:]), features.device)
         return noised(features, noise, t), {**tokens, "t": t}
 
+    @property
+    def head_count(self) -> int:
+        return len(self.head) if isinstance(self.head, Heads) else 1
+
+    def with_heads(self, count: int, seed: int) -> Self:
+        self.head = Heads(_head(self.transformer.config.width, sample_key(seed, head)) for head in range(count))
+        self.head.requires_grad_(False)
+        return self
+
+    def shift_heads(self, by: Tensor) -> None:
+        self.head.shift(by)
+
     def parts(self) -> Parts:
         body = self.transformer
         stem = (body.patch_in, body.text_in, body.pooled_in, body.time_in)
@@ -126,10 +136,17 @@ class LatentReward(RewardModel):
     def _save(self, folder: Path) -> dict[str, Any]:
         self.generator.save_pretrained(folder)
         save_file(self.head.state_dict(), folder / HEAD)
-        return {"most_noise": self.most_noise}
+        heads = {"heads": len(self.head)} if isinstance(self.head, Heads) else {}
+        return {"most_noise": self.most_noise, **heads}
 
     @classmethod
-    def _load(cls, folder: Path, **settings: Any) -> Self:
+    def _load(cls, folder: Path, heads: int = 1, **settings: Any) -> Self:
         model = cls.from_checkpoint(folder, **settings)
+        if heads > 1:
+            model.with_heads(heads, seed=0)
         model.head.load_state_dict(load_file(folder / HEAD))
         return model
+
+
+def _head(width: int, seed: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), *mlp((width, width, 1), seed, nn.GELU))

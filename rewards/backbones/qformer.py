@@ -5,7 +5,7 @@ section 2.3) puts a scalar head on the same kind of fused features of BLIP. Here
 as the difference of the two rows of the ITM head, so that the untrained reward is the log-odds, in nats, that
 image and prompt match.
 
-Shapes: B images, N tokens and D width of their features, Q queries, W their width, L tokens of a prompt.
+Shapes: B images, N tokens and D width of their features, Q queries, W their width, L tokens of a prompt, M heads.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from rewards.backbones.base import Parts, Picture, RewardModel
+from rewards.backbones.base import Parts, Picture, RewardModel, spread
 from rewards.backbones.processor import RewardProcessor
 from rewards.losses import Scores
 
@@ -47,7 +47,7 @@ class QFormerNetwork(Blip2PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, reader.hidden_size))
         self.embeddings = Blip2TextEmbeddings(reader)
         self.qformer = Blip2QFormerModel._from_config(reader)
-        self.reward_head = nn.Linear(reader.hidden_size, 1)
+        self.reward_head = nn.Linear(reader.hidden_size, getattr(config, "reward_heads", 1))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -57,7 +57,7 @@ class QFormerNetwork(Blip2PreTrainedModel):
         self.embeddings.word_embeddings = value
 
     def forward(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Log-odds (B,) in nats from features (B, N, D) and prompts (B, L)."""
+        """Log-odds (B, M) in nats, of each head, from features (B, N, D) and prompts (B, L)."""
         queries = self.query_tokens.expand(len(features), -1, -1)  # (B, Q, W)
         count = queries.shape[1]
         fused = self.qformer(
@@ -66,7 +66,7 @@ class QFormerNetwork(Blip2PreTrainedModel):
             attention_mask=torch.cat([attention_mask.new_ones(len(features), count), attention_mask], dim=1),
             encoder_hidden_states=features,
         ).last_hidden_state
-        return self.reward_head(fused[:, :count].mean(dim=1)).squeeze(-1)
+        return self.reward_head(fused[:, :count].mean(dim=1))
 
 
 class QFormerReward(RewardModel):
@@ -106,7 +106,24 @@ class QFormerReward(RewardModel):
         return self.processor.tokens(prompts)
 
     def score(self, features: Tensor, tokens: dict[str, Tensor]) -> Scores:
-        return Scores(self.network(features, **tokens))
+        return Scores.of_heads(self.network(features, **tokens))
+
+    @property
+    def head_count(self) -> int:
+        return self.network.reward_head.out_features
+
+    def with_heads(self, count: int, seed: int) -> Self:
+        """Each starts near the log-odds that image and prompt match, and their mean at them."""
+        network, old = self.network, self.network.reward_head
+        network.config.reward_heads = count
+        network.reward_head = nn.Linear(old.in_features, count).requires_grad_(False)
+        network.reward_head.weight.copy_(spread(old.weight[0], count, seed))
+        network.reward_head.bias.copy_(old.bias.expand(count))
+        return self
+
+    @torch.no_grad()
+    def shift_heads(self, by: Tensor) -> None:
+        self.network.reward_head.bias += by
 
     def parts(self) -> Parts:
         network = self.network

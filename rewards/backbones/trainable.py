@@ -1,6 +1,9 @@
-"""How much of a reward model is trained: all behind its tower, adapters, or everything."""
+"""How much of a reward model is trained: all behind its tower, adapters, or everything; and what of it is kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,6 +11,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rewards.backbones.base import RewardModel
 
@@ -64,6 +69,24 @@ def make_trainable(model: RewardModel, how: Trained, seed: int) -> None:
             _attach(model, parts.tower + parts.layers, LoraConfig(r=rank, lora_alpha=alpha), seed)
     for part in chosen:
         part.requires_grad_(True)
+
+
+@contextmanager
+def checkpointed(model: RewardModel, enabled: bool = True) -> Iterator[None]:
+    """In the block, each layer keeps its input alone and is computed again for its gradient (1604.06174).
+
+    transformers' own switch does so only in training mode, in which layers would drop activations too.
+    """
+    layers = {id(layer): layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)}
+    layers |= {id(layer): layer for layer in model.parts().layers}
+    chosen = list(layers.values()) if enabled else []
+    for layer in chosen:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            del layer.forward
 
 
 def merge(model: RewardModel) -> None:

@@ -5,9 +5,9 @@ Shapes: B pairs; K outcomes of a pair, 2 (a better, b better) or 3 (a better, ti
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,16 +21,41 @@ class Scores:
         mean: (B,) the reward.
         log_std: (B,) log of the standard deviation of the reward; None where the model is sure of it.
         noise: (B,) sigma(t) of the noise in the latents that were scored; None for clean ones.
+        heads: (B, M) what each of several heads says, of which `mean` is the mean; None where there is one.
     """
 
     mean: Tensor
     log_std: Tensor | None = None
     noise: Tensor | None = None
+    heads: Tensor | None = None
+
+    @classmethod
+    def of_heads(cls, heads: Tensor, noise: Tensor | None = None) -> "Scores":
+        """From what M heads say (B, M)."""
+        if heads.shape[1] == 1:
+            return cls(heads[:, 0], noise=noise)
+        return cls(heads.mean(dim=1), noise=noise, heads=heads)
+
+    def members(self) -> list["Scores"]:
+        """Of each head alone."""
+        if self.heads is None:
+            return [self]
+        return [replace(self, mean=head, heads=None) for head in self.heads.unbind(1)]
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> "Scores":
+        """Those of some of the images, or of images that stand in several rows."""
+        return Scores(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoss(ABC):
-    """What every loss can do."""
+    """What every loss can do.
+
+    Attributes:
+        of_margins: whether its target is a number of each image rather than a preference.
+    """
+
+    of_margins: ClassVar[bool] = False
 
     type: str
 
@@ -63,6 +88,10 @@ class PairLoss(ABC):
         loss = self.per_pair(a, b, target, free, generator)
         return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
+    def target(self, label: Tensor, margin: Tensor) -> Tensor:
+        """What this loss is to explain, of soft labels (B,) and of the judge's margins in nats (B, 2)."""
+        return label
+
     def parameters(self) -> nn.ParameterDict:
         """What of this loss is learned beside the model, fresh; it wants a larger learning rate than weights do."""
         return nn.ParameterDict()
@@ -78,6 +107,11 @@ class PairLoss(ABC):
     def probability(self, a: Scores, b: Scores, free: nn.ParameterDict | None = None) -> Tensor:
         """The expected soft label (B,): P(a better), plus half of P(tie) where there are ties."""
         return without_ties(self.log_outcomes(a, b, free))[:, 0].exp()
+
+    def log_odds(self, a: Scores, b: Scores, free: nn.ParameterDict | None = None) -> Tensor:
+        """The log-odds (B,) of `probability` in nats, finite where that rounds to 0 or 1."""
+        first, second = without_ties(self.log_outcomes(a, b, free)).unbind(dim=1)
+        return first - second
 
     def nll(self, a: Scores, b: Scores, label: Tensor, free: nn.ParameterDict | None = None) -> Tensor:
         """What soft labels (B,) cost under `probability`, (B,) in nats: one number for all losses.

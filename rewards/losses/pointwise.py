@@ -1,7 +1,7 @@
 """Regression of scores on numbers that each image has by itself."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -23,6 +23,8 @@ class Pointwise(PairLoss):
         temperature: units of the score that make a preference of 73 %: pairs follow Bradley-Terry.
     """
 
+    of_margins: ClassVar[bool] = True
+
     type: Literal["pointwise"] = "pointwise"
     error: Literal["mse", "huber", "bce"] = "mse"
     delta: float = 1.0
@@ -33,6 +35,10 @@ class Pointwise(PairLoss):
         check_one_of("error", self.error, ("mse", "huber", "bce"))
         check_positive("delta", self.delta)
         check_positive("temperature", self.temperature)
+
+    def target(self, label: Tensor, margin: Tensor) -> Tensor:
+        """The margins; for `bce` the probabilities of which they are the log-odds."""
+        return torch.sigmoid(margin) if self.error == "bce" else margin
 
     def log_outcomes(self, a: Scores, b: Scores, free: nn.ParameterDict | None = None) -> Tensor:
         return both(logsigmoid, (a.mean - b.mean) / self.temperature)

@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "mean",
             "prompt_share",
             "share",
+            "standard_error",
             "wilson_interval",
         ],
         "probabilities": [

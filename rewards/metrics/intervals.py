@@ -153,6 +153,18 @@ def share(values: ArrayLike, prompts: ArrayLike, least: int = LEAST_PROMPTS) -> 
     return Estimate(found.value, bounded, found.count, found.prompts)
 
 
+def standard_error(values: ArrayLike, prompts: ArrayLike, least: int = LEAST_PROMPTS) -> float | None:
+    """Of `mean`, the images of a prompt being no independent witnesses (2411.00640, section 2.2); None for fewer than
+    `least` prompts."""
+    values = np.asarray(values, dtype=float)
+    known = np.isfinite(values)
+    found, cluster = np.unique(np.asarray(prompts)[known], return_inverse=True)
+    if len(found) < max(least, 2):
+        return None
+    apart = np.bincount(cluster, values[known] - values[known].mean())
+    return float(np.sqrt((apart**2).sum() * len(found) / (len(found) - 1)) / known.sum())
+
+
 def linearised(values: np.ndarray, side: np.ndarray, statistic: float, weight: float) -> np.ndarray:
     """Values with the mean `statistic`, which moves by `weight` times the mean of `values` on each of two sides.
 
