@@ -12,7 +12,7 @@ from models.generator import load_generator, sample
 from models.keys import sample_key
 from models.samplers import cps, log_prob
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
-from pipeline.rl.advantage import group_advantages
+from pipeline.rl.advantage import group_advantages, mixed_advantages
 from pipeline.rl.algorithm import Velocities
 from pipeline.rl.grpo import GRPO, GRPOConfig, Steps
 from pipeline.rl.nft import NFT, NFTConfig
@@ -21,7 +21,9 @@ from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
 from pipeline.settings import UserError
+from rewards.mixture import Mixture, Normaliser, Term
 from rewards.reward import Rewards
+from rewards.rules import RuleReward
 
 PLAN = Plan(steps=4, shift=1.0, sampler="cps", eta=0.7, start=1, window=2, siblings=3)
 
@@ -82,6 +84,59 @@ def test_advantages_are_clipped():
     rewards = torch.zeros(1, 100)
     rewards[0, 0] = 1.0
     assert group_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool), limit=5.0).values.max() == 5.0
+
+
+def easy_and_hard(groups: int = 64, siblings: int = 16) -> torch.Tensor:
+    """Two independent rewards (P, K, 2); the second varies a hundred times less among siblings."""
+    return torch.randn(groups, siblings, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01])
+
+
+def share_of_the_second(values: torch.Tensor, combine: str, weights: tuple[float, float] = (1.0, 1.0)) -> float:
+    """How much of the variance of the advantages, and so of the gradient, follows the second reward."""
+    valid = torch.ones(values.shape[:2], dtype=torch.bool)
+    found = mixed_advantages(values, valid, torch.tensor(weights), combine, group_advantages).values
+    away = values[..., 1] - values[..., 1].mean(dim=1, keepdim=True)
+    return float(torch.corrcoef(torch.stack([found.flatten(), away.flatten()]))[0, 1] ** 2)
+
+
+def test_a_hard_reward_starves_among_rewards_and_not_among_advantages():
+    rewards = easy_and_hard()
+    assert share_of_the_second(rewards, "rewards") < 0.02
+    assert share_of_the_second(rewards, "advantages") == pytest.approx(0.5, abs=0.05)
+    assert share_of_the_second(rewards, "advantages", (1.0, 3.0)) == pytest.approx(0.9, abs=0.03)
+
+
+def test_a_spread_between_prompts_starves_a_normalised_reward_and_not_its_advantages():
+    rewards = torch.randn(64, 16, 2, generator=torch.Generator().manual_seed(0))
+    rewards[..., 1] += 100 * torch.arange(64.0)[:, None]
+    valid, ids = np.ones((64, 16), dtype=bool), [str(prompt) for prompt in range(64)]
+    running, prompt = (torch.from_numpy(Normaliser(by, 2)(rewards.numpy(), valid, ids)) for by in ("running", "prompt"))
+    assert share_of_the_second(running, "rewards") < 0.02
+    for values, combine in ((prompt, "rewards"), (running, "advantages"), (rewards, "advantages")):
+        assert share_of_the_second(values, combine) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_a_mixture_of_one_has_the_advantages_of_that_one(combine):
+    rewards = easy_and_hard()[..., :1]
+    valid = torch.ones(rewards.shape[:2], dtype=torch.bool)
+    found = mixed_advantages(rewards, valid, torch.ones(1), combine, group_advantages)
+    torch.testing.assert_close(found.values, group_advantages(rewards[..., 0], valid).values)
+
+
+def test_a_picture_on_which_a_term_fails_takes_no_part_in_any():
+    rewards = easy_and_hard(2, 4)
+    rewards[0, 1, 1] = float("nan")
+    valid = rewards.isfinite().all(-1)
+    for combine in ("rewards", "advantages"):
+        found = mixed_advantages(rewards, valid, torch.ones(2), combine, group_advantages)
+        assert found.values[0, 1] == 0
+        assert found.values.isfinite().all()
+        moved = rewards.clone()
+        moved[0, 1, 0] = 1e6
+        torch.testing.assert_close(
+            mixed_advantages(moved, valid, torch.ones(2), combine, group_advantages).values, found.values
+        )
 
 
 def test_a_rollout_without_noise_is_the_ode(generator):
@@ -247,6 +302,28 @@ def test_a_resumed_trainer_goes_on_to_the_bit(generator, generator_folder, tmp_p
         assert torch.equal(a, b)
     for a, b in zip(whole.average.shadow, resumed.average.shadow, strict=True):
         assert torch.equal(a, b)
+
+
+def mixture(normalise: str) -> Mixture:
+    terms = (Term("bright", Brightness()), Term("edges", RuleReward("edges"), -3.0))
+    return Mixture(terms, "advantages", normalise)
+
+
+@pytest.mark.parametrize("normalise", ["running", "prompt"])
+def test_a_normalised_mixture_resumes_to_the_bit(generator, generator_folder, tmp_path, normalise):
+    whole = trainer_of(generator, mixture(normalise))
+    for i in range(4):
+        if i == 2:
+            whole.save(tmp_path / "state")
+        last = whole.iterate(prompts_at(i % 2))
+    resumed = trainer_of(load_generator(generator_folder), mixture(normalise))
+    resumed.load(tmp_path / "state")
+    for i in (2, 3):
+        again = resumed.iterate(prompts_at(i % 2))
+    assert resumed.normaliser.state() == whole.normaliser.state()
+    assert all(torch.equal(a, b) for a, b in zip(whole.trained, resumed.trained, strict=True))
+    assert (again.term_means, again.term_stds) == (last.term_means, last.term_stds)
+    assert last.reward_mean == pytest.approx(last.term_means[0] - 3 * last.term_means[1], rel=1e-4)
 
 
 def test_without_any_reward_it_stops_and_nothing_has_moved(generator):

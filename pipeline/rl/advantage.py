@@ -1,6 +1,11 @@
-"""How much better each sibling is than its group."""
+"""How much better each sibling is than its group.
 
+Shapes: P prompts, K siblings, M terms of a mixture.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,3 +37,22 @@ def group_advantages(
     spread = std_P1 if scale == "group" else (away.square().sum() / count.sum().clamp(min=1)).sqrt()
     values = (away / spread.clamp(min=least_std)).clamp(-limit, limit)
     return Advantages(torch.where(kept, values, 0.0), kept[:, 0])
+
+
+def mixed_advantages(
+    rewards_PKM: Tensor,
+    valid_PK: Tensor,
+    weights_M: Tensor,
+    combine: Literal["rewards", "advantages"],
+    advantages: Callable[[Tensor, Tensor], Advantages],
+) -> Advantages:
+    """What `advantages`, an algorithm's, makes of several rewards.
+
+    `rewards` adds them up by weight: a term counts by how much it differs within groups. `advantages` adds up what it
+    makes of each term, and takes that for a reward (GDPO, 2601.05242, section 3): every term counts by its weight,
+    whatever its spread.
+    """
+    terms = rewards_PKM
+    if combine == "advantages":
+        terms = torch.stack([advantages(term, valid_PK).values for term in rewards_PKM.unbind(-1)], dim=-1)
+    return advantages((terms * weights_M).sum(-1), valid_PK)

@@ -19,20 +19,27 @@ from models import lora
 from models.generator import Conditioning, NativeGenerator
 from pipeline.compiling import compile_module
 from pipeline.prompts import PromptRow
+from pipeline.rl.advantage import Advantages, mixed_advantages
 from pipeline.rl.algorithm import Algorithm, Examples, Velocities
 from pipeline.rl.rollout import Rollout, rollout
 from pipeline.rl.settings import TrainerSettings
 from pipeline.settings import UserError
 from pipeline.training import Average, load_state, save_state, trapezoid
+from rewards.mixture import Normaliser, mixture_of
 from rewards.reward import Reward
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one iteration did, over all processes, and this process's pictures with their prompts and rewards."""
+    """What one iteration did, over all processes, and this process's pictures with their prompts and rewards.
+
+    `term_means` and `term_stds` are of each term of the reward, as the terms gave them.
+    """
 
     reward_mean: float
     reward_std: float
+    term_means: tuple[float, ...]
+    term_stds: tuple[float, ...]
     kl: float
     loss: float
     grad_norm: float
@@ -45,7 +52,7 @@ class Iteration:
 
 
 class Trainer:
-    """Moves a LoRA on `generator` towards `reward`.
+    """Moves a LoRA on `generator` towards `reward`, which may be a mixture.
 
     Rollouts run on `plain`, a twin of the transformer into which the adapter is merged before each of them: it is
     faster than base and adapter side by side, and the base weights stay exact.
@@ -65,7 +72,7 @@ class Trainer:
             raise UserError(
                 f"finetune.groups: {settings.groups} is no multiple of {ranks} processes x {settings.updates} updates"
             )
-        self.generator, self.reward, self.algorithm = generator, reward, algorithm
+        self.generator, self.reward, self.algorithm = generator, mixture_of(reward), algorithm
         self.settings, self.seed, self.accelerator = settings, seed, accelerator
         self.plain = copy.deepcopy(generator.transformer)
         if settings.compile:
@@ -78,6 +85,8 @@ class Trainer:
         )
         self.average = Average({"lora": self.tuned}, settings.average)
         self.wrapped = accelerator.prepare_model(self.tuned)
+        by = self.reward.normalise
+        self.normaliser = None if by == "none" else Normaliser(by, len(self.reward.terms))
         self.done = 0
 
     def iterate(self, prompts: Sequence[PromptRow]) -> Iteration:
@@ -88,15 +97,13 @@ class Trainer:
             cond = self.generator.encode([prompt.text for prompt in mine])
         rolled = self._roll(cond, mine)
         siblings = [prompt for prompt in mine for _ in range(settings.group_size)]
-        rewards = self.reward(list(rolled.images), [prompt.text for prompt in siblings])
-        shape = (len(mine), settings.group_size)
-        values, valid = (
-            torch.from_numpy(a).to(self.accelerator.device).view(shape) for a in (rewards.values, rewards.valid)
-        )
-        every, every_valid = self.accelerator.gather(values), self.accelerator.gather(valid)
-        if not every_valid.any():
+        values = self.reward.each(list(rolled.images), [prompt.text for prompt in siblings])
+        terms_PKM = torch.from_numpy(values).to(self.accelerator.device).unflatten(0, (len(mine), settings.group_size))
+        terms_PKM = self.accelerator.gather(terms_PKM)
+        valid_PK = terms_PKM.isfinite().all(-1)
+        if not valid_PK.any():
             raise UserError(f"finetune: no picture of iteration {self.done} got a reward; the same command goes on")
-        found = self.algorithm.advantages(every, every_valid)
+        found = self._advantages(terms_PKM, valid_PK, [p.id for r in range(ranks) for p in prompts[r::ranks]])
         own = slice(rank * len(mine), (rank + 1) * len(mine))
         factor = trapezoid(self.done, settings.iterations, 0, round(settings.decay * settings.iterations))
         self.optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
@@ -104,24 +111,45 @@ class Trainer:
         learned = self._learn(examples, cond, found.kept[own], int(found.kept.sum()))
         self.average.update(self.done)
         self.done += 1
-        seen = every[every_valid]
+        terms = terms_PKM[valid_PK]  # (N, M)
+        seen = torch.from_numpy(self.reward.total(terms.cpu().numpy()).values)
         return Iteration(
             reward_mean=float(seen.mean()),
             reward_std=float(seen.std(correction=0)),
+            term_means=tuple(terms.mean(0).tolist()),
+            term_stds=tuple(terms.std(0, correction=0).tolist()),
             **learned,
             groups=len(prompts),
             groups_dropped=len(prompts) - int(found.kept.sum()),
             images=rolled.images,
             prompts=siblings,
-            rewards=rewards.values,
+            rewards=self.reward.total(values).values,
         )
+
+    def _advantages(self, terms_PKM: Tensor, valid_PK: Tensor, ids: Sequence[str]) -> Advantages:
+        """Of the groups of all processes, in the order of `ids`."""
+        if self.normaliser:
+            normalised = self.normaliser(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
+            terms_PKM = torch.from_numpy(normalised).to(terms_PKM.device)
+        weights = torch.from_numpy(self.reward.weights).to(terms_PKM.device)
+        return mixed_advantages(terms_PKM, valid_PK, weights, self.reward.combine, self.algorithm.advantages)
 
     def _roll(self, cond: Conditioning, prompts: Sequence[PromptRow]) -> Rollout:
         settings = self.settings
         lora.merge_into(self.plain, self.tuned)
         plan = self.algorithm.rollout_plan(self.seed, self.done, settings.steps, settings.shift, settings.group_size)
         ids = [prompt.id for prompt in prompts]
-        return rollout(self.generator, self._predict(self.plain), cond, ids, self._seed, plan, settings.batch)
+        return rollout(self.generator, self.predict(self.plain), cond, ids, self._seed, plan, settings.batch)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block `tuned` and `plain` are the moving average, which is what is kept in the end."""
+        self.average.swap()
+        lora.merge_into(self.plain, self.tuned)
+        try:
+            yield
+        finally:
+            self.average.swap()
 
     @property
     def _seed(self) -> tuple[str | int, ...]:
@@ -129,7 +157,9 @@ class Trainer:
         return self.seed, "finetune", self.done
 
     @staticmethod
-    def _predict(network: nn.Module) -> Callable[[Tensor, float | Tensor, Conditioning], Tensor]:
+    def predict(network: nn.Module) -> Callable[[Tensor, float | Tensor, Conditioning], Tensor]:
+        """The velocity by `network`, this trainer's `tuned` or `plain`, as the generator's `predict` would give it."""
+
         def predict(x: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
             return network(x, times, cond.tokens)
@@ -174,21 +204,25 @@ class Trainer:
         with torch.no_grad():
             if self.algorithm.needs_reference:
                 with lora.reference(self.tuned):
-                    reference = self._predict(self.tuned)(*asked)
+                    reference = self.predict(self.tuned)(*asked)
             if self.algorithm.needs_old:
-                old = self._predict(self.plain)(*asked)
-        loss = self.algorithm.loss(piece, Velocities(self._predict(self.wrapped)(*asked), reference, old))
+                old = self.predict(self.plain)(*asked)
+        loss = self.algorithm.loss(piece, Velocities(self.predict(self.wrapped)(*asked), reference, old))
         total = weight * loss.total.sum()
         self.accelerator.backward(total)
         return torch.stack([total.detach(), weight * loss.kl.sum(), weight * loss.clipped.sum()])
 
     def save(self, folder: Path) -> None:
         """Write the state of this moment; every process holds the same, one writes."""
-        save_state(folder, self._state(), [self.optimizer], {"done": self.done})
+        seen = self.normaliser.state() if self.normaliser else None
+        save_state(folder, self._state(), [self.optimizer], {"done": self.done, "normaliser": seen})
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
-        self.done = load_state(folder, self._state(), [self.optimizer])["done"]
+        extra = load_state(folder, self._state(), [self.optimizer])
+        self.done = extra["done"]
+        if self.normaliser:
+            self.normaliser.load(extra["normaliser"])
 
     def _state(self) -> dict[str, nn.Module]:
         return {"lora": self.tuned, "average": self.average}
