@@ -23,6 +23,7 @@ from judges.shapes.render import render, scene_of
 from models.keys import sample_key
 from pipeline.prompts import PromptRow, draw_key
 from pipeline.settings import UserError
+from rewards.tables import Refused
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,6 @@ class ClipCase:
         """Whether the expected answer to each question is right in every frame; None where that is not known."""
         right = {q.text: all(q.answer(scene) for scene in self.clip) for q in queries(parse(self.prompt))}
         return [right.get(answer.question) for answer in answers]
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row, numbered from 1, that cannot be used, and why."""
-
-    row: int
-    reason: str
 
 
 class Cases(Protocol):

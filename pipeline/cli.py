@@ -118,6 +118,22 @@ def audit(
     examine(settings, labels)
 
 
+@app.command("evaluate-reward")
+def evaluate_reward(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of the run.")] = None,
+    overrides: Overrides = None,
+    table: Annotated[str | None, typer.Option(help="People's pairs: file, folder or hub id.")] = None,
+    reader: Annotated[str, typer.Option(help="How the table is read: pairs, pickapic, hpdv2, hpdv3, …")] = "pairs",
+    split: Annotated[str, typer.Option(help="Of a table in several parts.")] = "test",
+    to: Annotated[Path | None, typer.Option(help="Folder of the result; one in the run's without it.")] = None,
+) -> None:
+    """Find out how far a reward can be believed: a run's model, or the scores of a table."""
+    settings = _settings(config, overrides)[0] if config else None
+    from pipeline.evaluating import evaluate_reward as evaluate
+
+    evaluate(settings, table, reader, split, to)
+
+
 @app.command()
 def tune(
     config: ConfigFile,

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pipeline.judging import AuditConfig, JudgeConfig, TuneConfig
 from pipeline.prompts import PromptSource
+from pipeline.rewarding import EvaluateRewardConfig
 from pipeline.settings import Section
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.finetune import FinetuneConfig
@@ -37,4 +38,5 @@ class Config(Section):
     reward: RewardConfig
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate_reward: EvaluateRewardConfig = EvaluateRewardConfig()
     report: ReportConfig = ReportConfig()

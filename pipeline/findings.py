@@ -10,9 +10,10 @@ from judges.audit import Asked, agreement, decisions, failures, margins, questio
 from judges.base import Verdict
 from judges.pairwise import first_share, flip_rate
 from judges.probes import Probe
-from pipeline.cases import Case, Cases, ClipCase, Refused
+from pipeline.cases import Case, Cases, ClipCase
 from pipeline.estimates import Accuracy, Calibration, Estimate, accuracy, calibration, mean, share
 from rewards.metrics import correctness
+from rewards.tables import Refused
 
 TOLERATED = 0.05
 """The share of changed pictures on which a judge may fail a probe and still pass it."""

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,7 @@ class Stage:
             hashes of checkpoints, a version number of its code.
         work: the work expected, for the plan.
         run: writes to `context.artifact` what is not there yet.
+        wanted: whether a config has a use for it; a stage that is not wanted is none of the run's, and nobody's need.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Stage:
     depends: Callable[[Any], dict[str, Any]]
     work: Callable[[Any], Work]
     run: Callable[["Context"], None]
+    wanted: Callable[[Any], bool] = lambda config: True
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def run(config: Section, stages: Sequence[Stage], run_dir: str | Path, only: Seq
         todo = _on_main(process, lambda: _prepare(config, stages, run_dir, only, progress))
         if todo:
             quiet_libraries()
-        for stage in stages:
+        for stage in _wanted(config, stages):
             if stage.name in todo:
                 inputs = {name: Artifact(run_dir / name) for name in stage.needs}
                 artifact = Artifact(run_dir / stage.name)
@@ -210,7 +212,7 @@ def states(config: Section, stages: Sequence[Stage], run_dir: str | Path) -> lis
     """
     digests: dict[str, str] = {}
     found = []
-    for stage in stages:
+    for stage in _wanted(config, stages):
         inputs = {name: digests[name] for name in stage.needs}
         digest = fingerprint({"stage": stage.name, "depends": stage.depends(config), "inputs": inputs})
         digests[stage.name] = digest
@@ -273,6 +275,13 @@ def print_status(found: Sequence[StageState], run_dir: str | Path, console: Cons
         console.print(f"{run_dir} is held by {holder}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _wanted(config: Section, stages: Sequence[Stage]) -> list[Stage]:
+    """The stages that `config` has a use for, which need no others."""
+    unwanted = {stage.name for stage in stages if not stage.wanted(config)}
+    kept = [stage for stage in stages if stage.name not in unwanted]
+    return [replace(stage, needs=tuple(need for need in stage.needs if need not in unwanted)) for stage in kept]
+
+
 def _prepare(
     config: Section, stages: Sequence[Stage], run_dir: Path, only: Sequence[str], progress: Progress
 ) -> dict[str, str]:
@@ -282,6 +291,9 @@ def _prepare(
         if name not in names:
             raise UserError(f"unknown stage {name}; {suggest(name, names)}")
     found = states(config, stages, run_dir)
+    for name in only:
+        if name not in [entry.stage.name for entry in found]:
+            raise UserError(f"{name}: these settings have no use for this stage; leave it out")
     chosen = [entry for entry in found if not only or entry.stage.name in only]
     todo = {entry.stage.name: entry.fingerprint for entry in chosen if entry.state != "reuse"}
     standing = {entry.stage.name for entry in found if entry.state == "reuse"}

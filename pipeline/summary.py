@@ -26,10 +26,11 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     run_dir = Path(run_dir)
     evaluate = Artifact(run_dir / "evaluate")
     spent = seconds(run_dir)
+    sample = Artifact(run_dir / "sample")  # not there where people's pairs were learned
     return {
         **json.loads(evaluate.path("metrics.json").read_text(encoding="utf-8")),
         "images": (
-            read_rows(Artifact(run_dir / "sample"), columns=["sample"]).num_rows
+            (read_rows(sample, columns=["sample"]).num_rows if sample.manifest else 0)
             + sum(read_rows(evaluate, "curves.parquet", ["images"])["images"])
             + read_rows(evaluate, columns=["sample"]).num_rows
         ),

@@ -24,7 +24,7 @@ from judges.audit import failures, margins, unremembered
 from judges.base import Judge, Verdict
 from judges.questions import QuestionJudge
 from models.keys import sample_key
-from pipeline.cases import Case, Refused
+from pipeline.cases import Case
 from pipeline.estimates import Accuracy, Estimate, accuracy, rise
 from pipeline.examining import judged
 from pipeline.judging import QuestionsJudge, told
@@ -35,6 +35,7 @@ from pipeline.runner import Interrupted, StopFlag, process_state
 from pipeline.settings import UserError
 from pipeline.store import Artifact, RunLock, fingerprint, hash_path
 from rewards.leakage import normalised
+from rewards.tables import Refused
 
 if TYPE_CHECKING:
     from judges.tuning import Lesson, Tunable, Tuning

@@ -481,15 +481,15 @@ def test_bad_rows_are_listed_and_good_ones_go_on(table):
         r"cut\.png: is truncated or damaged",
         r"deep\.png: has 16 bits",
         r"moving\.webp: is animated, 2 frames",
-        r"missing\.png: cannot be read: No such file",
-        "image: is empty; give a path",
+        r"image: pictures/missing\.png is not there",
+        "image: is missing",
         "prompt: is empty",
         "verdict: 'maybe' is neither yes nor no nor a number from 0 to 1",
         "verdict: 1.5 is neither",
         "verdict: nan is neither",
         "skill: 3 is not text",
         "prompt: is empty",
-        "not a row with image, prompt, verdict, but list",
+        "is no row but list",
         "broken JSON",
     ]
     for reason, pattern in zip(reasons.values(), wanted, strict=True):
@@ -518,10 +518,11 @@ def test_a_table_that_cannot_be_used_is_named(tmp_path, table, config):
             read_labels(tmp_path / name)
         return str(error.value)
 
-    assert "labels are read from .parquet or .jsonl, not from .csv" in refusal("labels.csv", b"")
+    assert "tables are read from .parquet, .jsonl, .json, not .csv" in refusal("labels.csv", b"")
     assert "broken Parquet" in refusal("labels.parquet", b"nothing")
     assert "no row can be used; it is empty" in refusal("empty.jsonl", b"")
-    assert "no row can be used; row 1: prompt: is empty" in refusal("bad.jsonl", b'{"image": "a.png"}\n')
+    bad = b'{"image": "a.png", "prompt": "", "verdict": 1}\n'
+    assert "no row can be used; row 1: prompt: is empty" in refusal("bad.jsonl", bad)
     datasets.Dataset.from_dict({"image": ["a"], "text": ["b"]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(UserError, match=r"other\.parquet: no column 'prompt'; it has image, text"):
         read_labels(tmp_path / "other.parquet")

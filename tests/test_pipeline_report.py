@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import datasets
@@ -17,6 +18,7 @@ from judges.shapes.render import render as paint
 from judges.shapes.render import scene_of
 from pipeline.report import choices, figures, pictures, words
 from pipeline.report.view import render, view
+from pipeline.report.watched import watched
 from pipeline.runner import Context
 from pipeline.settings import Section
 from pipeline.stages.report import REPORT, ReportConfig
@@ -45,7 +47,7 @@ PAIRS = datasets.Features(
     {
         **{name: datasets.Value("string") for name in ("prompt_id", "prompt", "skill")},
         **{name: datasets.Value("int32") for name in ("sample_a", "sample_b")},
-        **{name: datasets.Value("float32") for name in ("label", "reward_a", "reward_b")},
+        **{name: datasets.Value("float32") for name in ("label", "reward_a", "reward_b", "preference")},
         **{name: datasets.Value("bool") for name in ("gold_a", "gold_b")},
     }
 )
@@ -120,14 +122,16 @@ def pair_rows(rng, rows, gold):
     pairs = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         label = rng.random()
+        reward = 4 * (label - 0.5) + rng.gauss(0, 1.5)
         pairs.append(
             {
                 **{name: first[name] for name in ("prompt_id", "prompt", "skill")},
                 "sample_a": first["sample"],
                 "sample_b": second["sample"],
                 "label": label,
-                "reward_a": 4 * (label - 0.5) + rng.gauss(0, 1.5),
+                "reward_a": reward,
                 "reward_b": 0.0,
+                "preference": 1 / (1 + np.exp(-reward)),
                 "gold_a": rng.random() < 0.5 if gold else None,
                 "gold_b": rng.random() < 0.5 if gold else None,
             }
@@ -348,7 +352,7 @@ def test_marks_tell_right_from_wrong(shown, page):
 
 def test_duels_are_the_strongest_contradictions(shown, inputs):
     pairs = read_rows(inputs["evaluate"], "pairs.parquet").to_list()
-    reward = [1 / (1 + np.exp(pair["reward_b"] - pair["reward_a"])) for pair in pairs]
+    reward = [pair["preference"] for pair in pairs]
     gaps = sorted(
         abs(pair["label"] - p) for pair, p in zip(pairs, reward, strict=True) if (pair["label"] > 0.5) != (p > 0.5)
     )
@@ -381,7 +385,7 @@ def test_an_invalid_verdict_is_no_disagreement():
 
 def test_the_order_of_disagreements_does_not_depend_on_that_of_the_rows(rows, inputs):
     pairs = read_rows(inputs["evaluate"], "pairs.parquet").to_list()
-    tied = [pair | {"label": round(pair["label"]), "reward_a": 0.1, "reward_b": 0.0} for pair in pairs]
+    tied = [pair | {"label": round(pair["label"]), "preference": 0.525} for pair in pairs]
     sure = [row | {"judge": 1.0} for row in rows]
     assert choices.reward_against_judge(tied, 5) == choices.reward_against_judge(tied[::-1], 5)
     assert choices.judge_against_gold(sure, 5) == choices.judge_against_gold(sure[::-1], 5)
@@ -530,3 +534,45 @@ def test_large_images_shrink_and_tiny_ones_are_kept_to_the_pixel():
     assert (shrunk.width, shrunk.height, shrunk.tiny) == (384, 192, False)
     assert pixels(shrunk).shape == (192, 384, 3)
     assert len(shrunk.uri) < len(large) / 4
+
+
+def signal(name, value, alarm):
+    return {"name": name, "value": value, "threshold": 0.5, "status": "alarm" if alarm else "ok"}
+
+
+def story_of(stopped):
+    """`finetune/signals.json` of a training that was watched at iterations 0, 20 and 40."""
+    checks = [
+        {
+            "iteration": iteration,
+            "alarms": ["judge_divergence"] if stopped and iteration else [],
+            "signals": [
+                signal("judge_divergence", value, stopped and iteration > 0),
+                signal("brightness", 0.1, False),
+                {"name": "kl_frontier", "value": None, "threshold": None, "status": "unknown"},
+            ],
+        }
+        for iteration, value in ((0, 0.0), (20, 0.7), (40, 0.9))
+    ]
+    return {"checks": checks, "stopped": stopped, "kept": 20 if stopped else 40}
+
+
+def test_a_training_that_was_stopped_is_told_at_the_top_and_one_that_was_not_below(shown):
+    def page_of(stopped):
+        found = watched(story_of(stopped))
+        drawn = replace(shown.figures, signals=figures.signals(found.iterations, found.shares))
+        return text_of(render(replace(shown, watched=found, figures=drawn)))
+
+    line = "The training was stopped at iteration 40"
+    stopped = page_of(True)
+    assert stopped.index(line) < stopped.index("Before and after, in numbers")
+    assert "judge divergence 0.90 0.50 20, 40" in stopped
+    assert "KL frontier - -" in stopped
+    calm = page_of(False)
+    assert line not in calm
+    assert "None of 3 signals went beyond" in calm
+
+
+def test_a_training_that_nobody_watched_has_no_signs(shown, page):
+    assert shown.watched is None
+    assert "Signs that the reward was hacked" not in page

@@ -23,7 +23,11 @@ CHANGES = {
         "loss": {"type": "gaussian", "likelihood": "sampled"},
     },
     "latent": {"backbone": {"type": "latent", "most_noise": 0.8}, "loss": {"type": "thurstone"}},
-    "qformer": {"backbone": {"type": "qformer"}, "train": {"type": "frozen", "share": 0.5}},
+    "qformer": {
+        "backbone": {"type": "qformer"},
+        "train": {"type": "frozen", "share": 0.5},
+        "loss": {"type": "pointwise", "error": "huber"},
+    },
 }
 
 

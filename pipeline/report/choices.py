@@ -6,8 +6,6 @@ Rows are dicts with the columns of `evaluate/shard-*.parquet` and `evaluate/pair
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scipy.special import expit
-
 Row = dict[str, Any]
 
 
@@ -27,15 +25,10 @@ def examples(rows: Iterable[Row], skill: str, count: int) -> list[tuple[Row, Row
     return [(found["base", *key], found["tuned", *key]) for key in chosen]
 
 
-def reward_preference(pair: Row) -> float:
-    """The reward model's P(a better), by Bradley and Terry: the logistic of the difference of the rewards."""
-    return float(expit(pair["reward_a"] - pair["reward_b"]))
-
-
 def reward_against_judge(pairs: Iterable[Row], count: int) -> list[Row]:
     """The pairs of which judge and reward name different winners, widest difference of P(a better) first."""
-    torn = [pair for pair in pairs if (pair["label"] - 0.5) * (reward_preference(pair) - 0.5) < 0]
-    return sorted(torn, key=lambda pair: (-abs(pair["label"] - reward_preference(pair)), *_place(pair)))[:count]
+    torn = [pair for pair in pairs if (pair["label"] - 0.5) * (pair["preference"] - 0.5) < 0]
+    return sorted(torn, key=lambda pair: (-abs(pair["label"] - pair["preference"]), *_place(pair)))[:count]
 
 
 def judge_against_gold(rows: Sequence[Row], count: int) -> list[Row]:

@@ -7,7 +7,7 @@ Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell apart. Equa
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,10 +108,26 @@ def steps(iterations: Sequence[int], kl: Sequence[float], grad_norm: Sequence[fl
 
 
 @_house_style()
+def signals(iterations: Sequence[int], shares: Mapping[str, Sequence[float | None]]) -> str:
+    """Signs of hacking over the checks, in units of their thresholds: above the broken line is an alarm."""
+    figure = Figure(figsize=(5.0, 3.0))
+    axes = figure.subplots()
+    axes.axhline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    looks = zip((_TUNED, _GOLD, _INK, _BASE, _MUTED), ("-", "-", "-", "-", ":"), strict=True)
+    for (name, values), (colour, line) in zip(shares.items(), looks, strict=False):
+        axes.plot(iterations, _array(values), line, marker=".", color=colour, label=name)
+    axes.set(xlabel="iteration", title="signal ÷ threshold")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
+    return _svg(figure, "signals")
+
+
+@_house_style()
 def reliability(
     bins: Sequence[Bin],
     predicted_by: str = "probability that the reward model gave",
     observed_as: str = "share in which the judge agreed",
+    name: str = "reliability",
 ) -> str:
     """Predicted against observed probability; the diagonal is perfect, areas are numbers of pairs."""
     figure = Figure(figsize=(3.6, 3.5))
@@ -125,7 +141,7 @@ def reliability(
     margin = 0.04 * (1 - low)
     axes.set(xlim=(low - margin, 1 + margin), ylim=(low - margin, 1 + margin), aspect="equal")
     axes.set(xlabel=predicted_by, title=observed_as)
-    return _svg(figure, "reliability")
+    return _svg(figure, name)
 
 
 @_house_style()
@@ -145,6 +161,52 @@ def skills(labels: Sequence[str], base: Sequence[Share], tuned: Sequence[Share])
     axes.xaxis.set_major_formatter(_PERCENT)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.0, handleheight=0.7)
     return _svg(figure, "skills")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A measured point; `low` and `high` are the ends of its 95 % interval, where it has one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """Points under a title, and a line through them; `percent` for shares. `colour` is a stand-in."""
+
+    title: str
+    dots: Sequence[Dot]
+    line: Sequence[tuple[float, float]] = ()
+    colour: str = _TUNED
+    percent: bool = False
+
+
+TUNED, GOLD = _TUNED, _GOLD
+
+
+@_house_style()
+def courses(name: str, axis: str, found: Sequence[Course]) -> str:
+    """Panels below each other: points with their intervals, and a broken line for what was fitted or claimed."""
+    figure = Figure(figsize=(5.0, 0.5 + 1.7 * len(found)))
+    panels: Sequence[Axes] = figure.subplots(len(found), sharex=True, squeeze=False)[:, 0]
+    for axes, course in zip(panels, found, strict=True):
+        for dot in course.dots:
+            if dot.low is not None:
+                axes.plot([dot.x, dot.x], [dot.low, dot.high], color=course.colour, linewidth=1.2, alpha=0.5)
+        axes.plot(
+            [dot.x for dot in course.dots], [dot.y for dot in course.dots], "o", color=course.colour, markersize=4
+        )
+        if course.line:
+            axes.plot(*zip(*course.line, strict=True), color=course.colour, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.set_title(course.title)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        if course.percent:
+            axes.yaxis.set_major_formatter(_PERCENT)
+    panels[-1].set_xlabel(axis)
+    return _svg(figure, name)
 
 
 _PERCENT = PercentFormatter(xmax=1, decimals=0, symbol=" %")

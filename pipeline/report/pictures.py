@@ -26,11 +26,15 @@ class Picture:
 
 
 def read_pictures(
-    artifact: Artifact, columns: Sequence[str], wanted: Set[tuple[Any, ...]], side: int
+    artifact: Artifact,
+    columns: Sequence[str],
+    wanted: Set[tuple[Any, ...]],
+    side: int,
+    pattern: str = "shard-*.parquet",
 ) -> dict[tuple[Any, ...], Picture]:
-    """The pictures of the rows whose values in `columns` are `wanted`; one shard is in memory at a time."""
+    """The pictures of the rows whose values in `columns` are `wanted`; one file of `pattern` is in memory at a time."""
     found = {}
-    for name in artifact.names("shard-*.parquet"):
+    for name in artifact.names(pattern):
         keys = read_rows(artifact, name, columns)[:]
         rows = enumerate(zip(*(keys[column] for column in columns), strict=True))
         places = {key: place for place, key in rows if key in wanted}

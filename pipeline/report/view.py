@@ -7,10 +7,12 @@ from typing import Any
 
 import yaml
 
+from pipeline.pictures import source_of
 from pipeline.report import choices, figures, words
 from pipeline.report.choices import Row
 from pipeline.report.pages import page
 from pipeline.report.pictures import Picture, read_pictures
+from pipeline.report.watched import Watched, watched
 from pipeline.store import Artifact, Manifest, read_rows
 
 _IMAGE_KEY = ("model", "prompt_id", "sample")
@@ -70,12 +72,13 @@ class Misjudged:
 
 @dataclass(frozen=True)
 class Figures:
-    """SVG elements; `skills` is empty where gold is not known."""
+    """SVG elements; `skills` is empty where gold is not known, `signals` where nobody watched."""
 
     skills: str
     progress: str
     steps: str
     reliability: str
+    signals: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class View:
         name: of the run.
         metrics: `evaluate/metrics.json`.
         courses: how each curve of the training went.
+        watched: what the watch over it saw; None where there was none.
         versions: for each package its versions, joined; more than one if stages ran with different ones.
         settings: YAML, what the result of each stage depends on.
     """
@@ -95,6 +99,7 @@ class View:
     metrics: dict[str, Any]
     galleries: tuple[Gallery, ...]
     courses: tuple[str, ...]
+    watched: Watched | None
     duels: tuple[Duel, ...]
     judge_lines: tuple[words.JudgeLine, ...]
     misjudged: tuple[Misjudged, ...]
@@ -118,6 +123,7 @@ def view(name: str, inputs: Mapping[str, Artifact], examples_per_skill: int, dis
     rows = read_rows(evaluate, columns=_NO_PIXELS).to_list()
     curves = _by_iteration(evaluate, "curves.parquet")
     training = _by_iteration(inputs["finetune"], "curves-*.parquet")
+    watch = _watched(inputs["finetune"])
     misjudged = choices.judge_against_gold(rows, disagreements)
     manifests = {stage: _manifest(artifact) for stage, artifact in inputs.items()}
     settings = {stage: manifest.extra["depends"] for stage, manifest in manifests.items()}
@@ -127,10 +133,11 @@ def view(name: str, inputs: Mapping[str, Artifact], examples_per_skill: int, dis
         metrics=metrics,
         galleries=_galleries(evaluate, rows, examples_per_skill, side),
         courses=_courses(curves, training),
-        duels=_duels(evaluate, inputs["sample"], disagreements, side),
+        watched=watch,
+        duels=_duels(evaluate, source_of(inputs), disagreements, side),
         judge_lines=words.judge_lines(rows),
         misjudged=_misjudged(evaluate, misjudged, side),
-        figures=_figures(metrics, curves, training),
+        figures=_figures(metrics, curves, training, watch),
         manifests=manifests,
         versions=_versions(manifests),
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110),
@@ -155,10 +162,10 @@ def _galleries(evaluate: Artifact, rows: Sequence[Row], count: int, side: int) -
     return tuple(Gallery(skill, tuple(example(*pair) for pair in pairs)) for skill, pairs in chosen.items())
 
 
-def _duels(evaluate: Artifact, sample: Artifact, count: int, side: int) -> tuple[Duel, ...]:
+def _duels(evaluate: Artifact, source: tuple[Artifact, str], count: int, side: int) -> tuple[Duel, ...]:
     pairs = choices.reward_against_judge(read_rows(evaluate, "pairs.parquet").to_list(), count)
     keys = {(pair["prompt_id"], pair[which]) for pair in pairs for which in ("sample_a", "sample_b")}
-    pictures = read_pictures(sample, _PAIR_KEY, keys, side)
+    pictures = read_pictures(source[0], _PAIR_KEY, keys, side, source[1])
 
     def shown(pair: Row, which: str) -> Shown:
         return Shown(pictures[pair["prompt_id"], pair[f"sample_{which}"]], pair[f"gold_{which}"])
@@ -169,7 +176,7 @@ def _duels(evaluate: Artifact, sample: Artifact, count: int, side: int) -> tuple
             shown(pair, "a"),
             shown(pair, "b"),
             judge=pair["label"],
-            reward=choices.reward_preference(pair),
+            reward=pair["preference"],
         )
         for pair in pairs
     )
@@ -192,13 +199,20 @@ def _courses(curves: Columns, training: Columns) -> tuple[str, ...]:
     return tuple(filter(None, told))
 
 
-def _figures(metrics: Mapping[str, Any], curves: Columns, training: Columns) -> Figures:
+def _watched(finetune: Artifact) -> Watched | None:
+    if not finetune.has("signals.json"):
+        return None
+    return watched(json.loads(finetune.path("signals.json").read_text(encoding="utf-8")))
+
+
+def _figures(metrics: Mapping[str, Any], curves: Columns, training: Columns, watch: Watched | None) -> Figures:
     bins = [figures.Bin(**point) for point in metrics["reward"]["reliability"]]
     return Figures(
         skills=_skills(metrics["generator"]),
         progress=figures.progress(curves["iteration"], curves["reward"], curves["gold"]),
         steps=figures.steps(training["iteration"], training["kl"], training["grad_norm"]),
         reliability=figures.reliability(bins),
+        signals=figures.signals(watch.iterations, watch.shares) if watch else "",
     )
 
 

@@ -14,16 +14,19 @@ import datasets
 import numpy as np
 from PIL import Image
 from pydantic import Field
+from scipy.special import expit
 
 import models
 import rewards
 from judges.shapes.oracle import gold
 from models.keys import sample_key
+from pipeline.pictures import pictures_of, source_of
 from pipeline.prompts import draw_key
 from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
 from pipeline.stages.finetune import ADAPTER
 from pipeline.stages.judge import JUDGE_SECONDS
+from pipeline.stages.reward import trained_loss
 from pipeline.stages.sample import CALL_SECONDS, columns, shards
 from pipeline.store import read_rows, write_rows
 
@@ -56,6 +59,7 @@ PAIRS = datasets.Features(
         "label": datasets.Value("float32"),
         "reward_a": datasets.Value("float32"),
         "reward_b": datasets.Value("float32"),
+        "preference": datasets.Value("float32"),
         "gold_a": datasets.Value("bool"),
         "gold_b": datasets.Value("bool"),
     }
@@ -82,7 +86,7 @@ class EvaluateConfig(Section):
 
 def _depends(config: Any) -> dict[str, Any]:
     return {
-        "version": 1,
+        "version": 2,
         "evaluate": config.evaluate.model_dump(mode="json"),
         "judge": config.judge.depends(),
     }
@@ -94,8 +98,10 @@ def _work(config: Any) -> Work:
     return Work(images, images * (config.evaluate.steps * CALL_SECONDS + 2 * JUDGE_SECONDS) + rollouts * GOLD_SECONDS)
 
 
-def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[bool | None]:
-    return list(gold(images, prompts)) if config.prompts.type == "shapes" else [None] * len(images)
+def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str], painted: bool = True) -> list[bool | None]:
+    """Gold is known of what was `painted` for prompts of the embedded world."""
+    known = painted and config.prompts.type == "shapes"
+    return list(gold(images, prompts)) if known else [None] * len(images)
 
 
 def _run(context: Context) -> None:
@@ -190,23 +196,22 @@ def _scored_pairs(
     """The held-out pairs with their rewards, and what the reward model said of them before its training."""
     pairs = [pair for pair in read_rows(context.inputs["prefer"]) if pair["split"] == "heldout"]
     prompts = {pair["prompt_id"] for pair in pairs}
-    pictures = read_rows(context.inputs["sample"])
+    source, pattern = source_of(context.inputs)
+    pictures = read_rows(source, pattern, ["prompt_id", "prompt", "sample"])
     chosen = pictures.select([i for i, p in enumerate(pictures["prompt_id"]) if p in prompts])
-    images, texts = [np.asarray(image) for image in chosen["image"]], list(chosen["prompt"])
-    keys = list(zip(chosen["prompt_id"], chosen["sample"], strict=True))
-    after = dict(zip(keys, reward(images, texts).values.tolist(), strict=True))
-    before = dict(zip(keys, initial(images, texts).values.tolist(), strict=True))
-    right = dict(zip(keys, _gold(context.config, images, texts), strict=True))
+    keys, texts = list(zip(chosen["prompt_id"], chosen["sample"], strict=True)), list(chosen["prompt"])
+    images = pictures_of(context.inputs).of(keys)
+    scores, before = reward.scores(images, texts), initial(images, texts).values.tolist()
+    after, right = scores.mean.tolist(), _gold(context.config, images, texts, context.config.prefer.table is None)
+    place = {key: row for row, key in enumerate(keys)}
+    first, second = ([place[pair["prompt_id"], pair[side]] for pair in pairs] for side in ("sample_a", "sample_b"))
+    preference = expit(trained_loss(context.inputs["reward"]).log_odds(scores[first], scores[second]).numpy())
     rows = []
-    for pair in pairs:
-        a, b = (pair["prompt_id"], pair["sample_a"]), (pair["prompt_id"], pair["sample_b"])
+    for pair, a, b, better in zip(pairs, first, second, preference.tolist(), strict=True):
         named = {name: pair[name] for name in ("prompt_id", "prompt", "skill", "sample_a", "sample_b", "label")}
-        seen = {"reward_a": after[a], "reward_b": after[b], "gold_a": right[a], "gold_b": right[b]}
-        rows.append({**named, **seen})
-    firsts = [
-        (before[pair["prompt_id"], pair["sample_a"]], before[pair["prompt_id"], pair["sample_b"]]) for pair in pairs
-    ]
-    return rows, firsts
+        seen = {"reward_a": after[a], "reward_b": after[b], "preference": better}
+        rows.append({**named, **seen, "gold_a": right[a], "gold_b": right[b]})
+    return rows, [(before[a], before[b]) for a, b in zip(first, second, strict=True)]
 
 
 def _share(values: Sequence[bool | None]) -> float | None:
@@ -254,7 +259,7 @@ def reward_metrics(pairs: Sequence[dict[str, Any]], before: Sequence[tuple[float
     clear = label != 0.5
     judged, judged_interval = accuracy(first, second, label, clear)
     golden, golden_interval = accuracy(first, second, truth, told)
-    probability = 1 / (1 + np.exp(-(first - second)))
+    probability = np.array([pair["preference"] for pair in pairs])
     return {
         "accuracy": {
             "judge": judged,

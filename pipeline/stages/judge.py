@@ -109,4 +109,4 @@ def _scored(
     return verdicts
 
 
-JUDGE = Stage("judge", ("sample",), _depends, _work, _run)
+JUDGE = Stage("judge", ("sample",), _depends, _work, _run, wanted=lambda config: config.prefer.table is None)

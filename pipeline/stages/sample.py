@@ -95,12 +95,23 @@ def _run(context: Context) -> None:
     prompts = config.prompts.draw(draw_key(config.seed, "sample"), settings.prompts)
     painted = paintings(prompts, settings.images_per_prompt, settings.foreign, config.seed)
     wanted = [(prompt, k, text) for prompt, texts in zip(prompts, painted, strict=True) for k, text in enumerate(texts)]
-    generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
+    paint(context, models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device)), wanted)
+
+
+def paint(
+    context: Context, generator: "models.NativeGenerator", wanted: Sequence[tuple[PromptRow, int, str]], *key: str | int
+) -> None:
+    """Write the pictures that are not there yet: of each prompt its number among the siblings, painted from a text.
+
+    What keys their noise is seed, `key`, prompt and sibling.
+    """
+    config = context.config
+    settings: SampleConfig = config.sample
     with context.progress.track(
         len(wanted), "images", "sample", _done(context, len(wanted), settings.shard)
     ) as advance:
         for name, part in shards(context, wanted, settings.shard):
-            keys = [sample_key(config.seed, "sample", prompt.id, k) for prompt, k, _ in part]
+            keys = [sample_key(config.seed, "sample", *key, prompt.id, k) for prompt, k, _ in part]
             texts = [text for _, _, text in part]
             images = models.sample(generator, texts, keys, settings.steps, settings.shift, settings.batch)
             rows = []
@@ -133,4 +144,4 @@ def _done(context: Context, total: int, shard: int) -> int:
     return min(total, shard * len(context.artifact.names("shard-*.parquet")))
 
 
-SAMPLE = Stage("sample", (), _depends, _work, _run)
+SAMPLE = Stage("sample", (), _depends, _work, _run, wanted=lambda config: config.prefer.table is None)
