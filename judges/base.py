@@ -138,11 +138,6 @@ class Verdict:
         known = [answer.certainty for answer in self.evidence if not math.isnan(answer.certainty)]
         return float(np.mean(known)) if known else math.nan
 
-    @property
-    def disagreement(self) -> float:
-        """Standard deviation, in nats, of the margins of several judges; NaN of one judge's verdict."""
-        return math.nan
-
 
 class VQA(Protocol):
     """Answers questions about samples.

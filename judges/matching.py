@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, PreTrainedTo
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from judges.base import Sample, Verdict, bare_verdict, only_image
+from judges.weights import load_whole
 
 TEMPERATURE = 0.07
 """Of the contrastive loss at its start; the published checkpoints do not hold what it became."""
@@ -45,14 +46,8 @@ class MatchingJudge:
         Raises:
             ValueError: the checkpoint has no heads to match with.
         """
-        model, report = Blip2ForImageTextRetrieval.from_pretrained(folder, output_loading_info=True)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(
-                f"checkpoint: {folder} lacks {missing[0]} and so cannot match; use one that was saved by "
-                "Blip2ForImageTextRetrieval"
-            )
         return cls(
-            model.to(device),
+            load_whole(Blip2ForImageTextRetrieval, folder).to(device),
             AutoTokenizer.from_pretrained(folder),
             BlipImageProcessorPil.from_pretrained(folder),
             **{"id": str(folder), **settings},

@@ -8,33 +8,23 @@ ImageReward (2304.05977), a BLIP with a head of its own, and HPSv3, a Qwen2-VL w
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from judges.base import Sample, Verdict, bare_verdict, only_image
+from judges.weights import load_whole
 
 Kind = Literal["clipscore", "preference"]
 
 TEMPLATES: dict[Kind, str] = {"clipscore": "A photo depicts {}", "preference": "{}"}
 WEIGHT = 2.5
 """Of a cosine in CLIPScore (2104.08718, section 3), which stretches it to about 0 to 1."""
-
-
-M = TypeVar("M", bound=PreTrainedModel)
-
-
-def load_whole(kind: type[M], folder: str | Path, dtype: str | torch.dtype = "auto") -> M:
-    """A model of which the checkpoint holds every weight; otherwise ValueError, as new weights would score as well."""
-    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"checkpoint: {folder} lacks {missing[0]}; use one that was saved by {kind.__name__}")
-    return model
 
 
 class ClipJudge:

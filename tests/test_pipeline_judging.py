@@ -134,7 +134,9 @@ def test_what_does_not_fit_is_one_line(change, line, blip2, judge_folder):
 
 
 def test_a_checkpoint_that_cannot_match_is_refused(judge_folder):
-    with pytest.raises(UserError, match=r"judge\.checkpoint: .* lacks .* and so cannot match"):
+    with pytest.raises(
+        UserError, match=r"judge\.checkpoint: .* lacks .*; use one that was saved by Blip2ForImageTextRetrieval"
+    ):
         settings({"type": "matching", "checkpoint": str(judge_folder / "vqa")}).build("cpu")
 
 

@@ -26,7 +26,7 @@ from transformers import (
     SiglipModel,
 )
 
-from judges.scorers import load_whole
+from judges.weights import load_whole
 from rewards.backbones.base import HEAD, Parts, Picture, RewardModel, spread
 from rewards.backbones.processor import RewardProcessor
 from rewards.losses import Scores

@@ -28,7 +28,7 @@ from transformers import (
     BlipForImageTextRetrieval,
 )
 
-from judges.scorers import load_whole
+from judges.weights import load_whole
 from models.keys import sample_key
 from rewards.backbones.base import HEAD, Heads, Parts, Picture, RewardModel, mlp
 from rewards.backbones.processor import RewardProcessor
