@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from models.generator import load_generator
-from pipeline.assessing import VERB
+from pipeline.assessing.assess import VERB
 from pipeline.config import Config
-from pipeline.evaluating import evaluate_reward
 from pipeline.loop import run_dir, run_loop
 from pipeline.progress import quiet_libraries
 from pipeline.runner import seconds
 from pipeline.settings import load
 from pipeline.store import Artifact, atomic_write_text
+from pipeline.verbs.evaluate_reward import evaluate_reward
 from rewards import load_reward
 from rewards.evaluation import REWARD
 

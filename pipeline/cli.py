@@ -113,7 +113,7 @@ def audit(
 ) -> None:
     """Find out how far the run's judge can be believed."""
     settings, _ = _settings(config, overrides)
-    from pipeline.audit import audit as examine
+    from pipeline.verbs.audit import audit as examine
 
     examine(settings, labels)
 
@@ -129,7 +129,7 @@ def evaluate_reward(
 ) -> None:
     """Find out how far a reward can be believed: a run's model, or the scores of a table."""
     settings = _settings(config, overrides)[0] if config else None
-    from pipeline.evaluating import evaluate_reward as evaluate
+    from pipeline.verbs.evaluate_reward import evaluate_reward as evaluate
 
     evaluate(settings, table, reader, split, to)
 
@@ -143,7 +143,7 @@ def tune(
 ) -> None:
     """Tune the run's judge to a person's labels."""
     settings, _ = _settings(config, overrides)
-    from pipeline.tune import tune as teach
+    from pipeline.verbs.tune import tune as teach
 
     teach(settings, labels, to)
 
@@ -152,7 +152,7 @@ def tune(
 def questions(config: ConfigFile, overrides: Overrides = None) -> None:
     """Let a language model write what the judge will ask about the run's prompts, for you to correct."""
     settings, _ = _settings(config, overrides)
-    from pipeline.questions import write_questions
+    from pipeline.verbs.questions import write_questions
 
     write_questions(settings)
 

@@ -21,19 +21,19 @@ from judges.questions import QuestionJudge
 from judges.shapes import oracle
 from judges.shapes.grammar import Thing, holds, parse
 from judges.shapes.questions import queries
-from pipeline.audit import audit
-from pipeline.cases import ShapesCases, png, shapes_cases, shapes_clips
+from pipeline.auditing.cases import ShapesCases, png, shapes_cases, shapes_clips
+from pipeline.auditing.examining import examine
+from pipeline.auditing.findings import findings
+from pipeline.auditing.labels import read_labels
 from pipeline.config import Config
 from pipeline.estimates import accuracy, calibration, share
-from pipeline.examining import examine
-from pipeline.findings import findings
 from pipeline.judging import AuditConfig
-from pipeline.labels import read_labels
 from pipeline.loop import run_dir
 from pipeline.progress import Progress
 from pipeline.report.audit import view
 from pipeline.report.audit_words import conclusion
 from pipeline.settings import UserError, load
+from pipeline.verbs.audit import audit
 
 PROMPTS = 12
 WRITING = {"prompt_written", "score_written", "reply_written"}
@@ -540,7 +540,8 @@ def test_labels_are_audited_into_a_page_that_reaches_for_nothing(table, config):
     numbers, page = json.loads((folder / "audit.json").read_text()), (folder / "index.html").read_text()
     assert found.accuracy.plain.value == 1
     assert numbers["accuracy"]["plain"]["count"] == 12
-    assert numbers["material"]["refused"][0] == {"row": 7, "reason": found.material.refused[0].reason}
+    assert numbers["material"]["refused"][0] == asdict(found.material.refused[0])
+    assert found.material.refused[0].row == 7
     assert found.wordings is found.order is found.clips is None  # such a judge asks no questions
     assert {probe.name for probe in found.probes} >= WRITING
     assert "negation" not in behaved(found)

@@ -17,15 +17,15 @@ from scipy.special import ndtr
 import pipeline
 from judges.base import Verdict
 from pipeline import cli
-from pipeline.assessing import BASELINE, BEFORE
-from pipeline.cases import png
+from pipeline.assessing.assess import BASELINE, BEFORE
+from pipeline.assessing.pressure import of_tuning
+from pipeline.assessing.scoring import fitting
+from pipeline.auditing.cases import png
 from pipeline.config import Config
-from pipeline.evaluating import evaluate_reward
 from pipeline.loop import run_dir
-from pipeline.pressure import of_tuning
-from pipeline.scoring import fitting
 from pipeline.settings import UserError, load
 from pipeline.store import Artifact, read_rows, write_rows
+from pipeline.verbs.evaluate_reward import evaluate_reward
 from rewards import ClipReward, load_reward
 from rewards.reward import ModelReward
 

@@ -14,10 +14,10 @@ from judges.decompose import EXAMPLE_REPLY
 from pipeline.config import Config
 from pipeline.judging import JudgeConfig
 from pipeline.loop import run_loop
-from pipeline.questions import write_questions
 from pipeline.runner import Interrupted
 from pipeline.settings import UserError, load
 from pipeline.store import Artifact, fingerprint, read_rows
+from pipeline.verbs.questions import write_questions
 from tests.servers import ChatServer, first_token, reply
 
 PROMPTS = ["a red ring", "a red ring", "a blue cross above a red ring", "a blue cross above a red ring"]

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.assessment import Assessment, Measured, Provenance, as_json
-from pipeline.pressure import Pressure
+from pipeline.assessing.assessment import Assessment, Measured, Provenance, as_json
+from pipeline.assessing.pressure import Pressure
+from pipeline.assessing.trials import Invariance
 from pipeline.report.reward_words import conclusion
-from pipeline.trials import Invariance
 from rewards.evaluation import Pairs, Pictures, evaluate
 from rewards.leakage import Leakage
 from rewards.losses import BradleyTerry

@@ -13,14 +13,14 @@ from transformers import Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
 from judges import load_judge, tuning
+from pipeline.auditing.labels import read_labels
 from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.estimates import Estimate, rise
 from pipeline.judging import FileQuestions, MatchingJudge, ServerModel
-from pipeline.labels import read_labels
 from pipeline.runner import Interrupted
 from pipeline.settings import UserError, load
-from pipeline.tune import claim, split, tune
+from pipeline.verbs.tune import claim, split, tune
 
 PROMPTS = [
     f"a {colour} {shape}" for colour in ("red", "blue", "green", "black") for shape in ("ring", "cross", "square")

@@ -7,9 +7,9 @@ import numpy as np
 
 from judges.audit import margins
 from judges.base import Answer, Verdict, probability
-from pipeline.cases import Case, png
+from pipeline.auditing.cases import Case, png
+from pipeline.auditing.findings import Findings, Heard, Probed, Trial, Tried, Watched, behaved
 from pipeline.estimates import Calibration
-from pipeline.findings import Findings, Heard, Probed, Trial, Tried, Watched, behaved
 from pipeline.report import figures
 from pipeline.report.audit_words import BELIEVED, USEFUL, Conclusion, conclusion
 from pipeline.report.pages import page

@@ -6,8 +6,8 @@ Nothing is called a fault unless its 95 % interval says so.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.auditing.findings import Findings, Probed
 from pipeline.estimates import Estimate
-from pipeline.findings import Findings, Probed
 from pipeline.report.words import percent
 
 BELIEVED, USEFUL, COIN = 0.9, 0.75, 0.5

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.special import expit
 
-from pipeline.assessment import Assessment
-from pipeline.material import Material
-from pipeline.pressure import Pressure
+from pipeline.assessing.assessment import Assessment
+from pipeline.assessing.material import Material
+from pipeline.assessing.pressure import Pressure
 from pipeline.report import figures, reward_words
 from pipeline.report.audit_words import Conclusion
 from pipeline.report.figures import Course, Dot

@@ -5,8 +5,8 @@ Nothing is called a fault unless its 95 % interval says so.
 
 from collections.abc import Iterator
 
-from pipeline.assessment import Assessment
-from pipeline.pressure import Pressure
+from pipeline.assessing.assessment import Assessment
+from pipeline.assessing.pressure import Pressure
 from pipeline.report.audit_words import Conclusion, estimate
 from pipeline.report.words import percent
 from rewards.metrics.intervals import Estimate

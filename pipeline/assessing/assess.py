@@ -9,18 +9,18 @@ import numpy as np
 
 import rewards
 from judges.base import Judge
-from pipeline import material as sources
-from pipeline import pressure, scoring, trials
-from pipeline.assessment import Assessment, Measured, Provenance
+from pipeline.assessing import material as sources
+from pipeline.assessing import pressure, scoring, trials
+from pipeline.assessing.assessment import Assessment, Measured, Provenance
+from pipeline.assessing.material import Material
+from pipeline.assessing.pressure import Pressure
+from pipeline.assessing.trials import Cost
 from pipeline.judging import told
 from pipeline.launch import Servers
 from pipeline.loop import run_dir
-from pipeline.material import Material
-from pipeline.pressure import Pressure
 from pipeline.progress import Progress
 from pipeline.rewarding import EvaluateRewardConfig
 from pipeline.store import Artifact, fingerprint, hash_path
-from pipeline.trials import Cost
 from rewards.evaluation import Evaluation, Pictures
 from rewards.losses import PairLoss
 from rewards.metrics.intervals import LEAST_PROMPTS

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from pipeline.pressure import Pressure
-from pipeline.trials import Invariance
+from pipeline.assessing.pressure import Pressure
+from pipeline.assessing.trials import Invariance
 from rewards.evaluation import Evaluation
 from rewards.leakage import Leakage
 from rewards.metrics.intervals import Estimate

@@ -24,11 +24,11 @@ from judges.audit import failures, margins, unremembered
 from judges.base import Judge, Verdict
 from judges.questions import QuestionJudge
 from models.keys import sample_key
-from pipeline.cases import Case
+from pipeline.auditing.cases import Case
+from pipeline.auditing.examining import judged
+from pipeline.auditing.labels import LabelledCases, read_labels
 from pipeline.estimates import Accuracy, Estimate, accuracy, rise
-from pipeline.examining import judged
 from pipeline.judging import QuestionsJudge, told
-from pipeline.labels import LabelledCases, read_labels
 from pipeline.loop import run_dir
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.runner import Interrupted, StopFlag, process_state
@@ -76,7 +76,7 @@ class Tuned:
 
 
 def tune(config: Any, labels: str | Path, to: str | Path | None = None) -> None:
-    """Tune the judge of a run to a table of labels (see `pipeline.labels`), into `to` or the run's folder.
+    """Tune the judge of a run to a table of labels (see `pipeline.auditing.labels`), into `to` or the run's folder.
 
     Raises:
         UserError: the judge or the labels do not suit, or the folder holds something else.

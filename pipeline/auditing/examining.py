@@ -25,8 +25,8 @@ from judges.pairwise import GroupJudge, PairwiseJudge
 from judges.probes import Probe, negated, probes
 from judges.questions import QuestionJudge
 from models.keys import sample_key
-from pipeline.cases import Case, Cases, ClipCase
-from pipeline.findings import Heard, Pair, Trial, Tried, Watched
+from pipeline.auditing.cases import Case, Cases, ClipCase
+from pipeline.auditing.findings import Heard, Pair, Trial, Tried, Watched
 from pipeline.progress import Advance, Progress
 
 WORDINGS = ("Does this figure show {prompt}?", "Does the figure show {prompt}?", "Is this {prompt}?")

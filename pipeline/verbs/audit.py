@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from judges.base import Judge
-from pipeline.cases import shapes_cases, shapes_clips
-from pipeline.examining import examine
-from pipeline.findings import Findings, findings
-from pipeline.labels import read_labels
+from pipeline.auditing.cases import shapes_cases, shapes_clips
+from pipeline.auditing.examining import examine
+from pipeline.auditing.findings import Findings, findings
+from pipeline.auditing.labels import read_labels
 from pipeline.launch import Servers
 from pipeline.loop import run_dir
 from pipeline.progress import Progress, quiet_libraries
@@ -28,7 +28,7 @@ def audit(config: Any, labels: str | Path | None = None, judge: Judge | None = N
 
     Args:
         config: of the run.
-        labels: a table of human labels (see `pipeline.labels`) to audit on; None for the embedded world.
+        labels: a table of human labels (see `pipeline.auditing.labels`) to audit on; None for the embedded world.
         judge: instead of the run's.
 
     Raises:

@@ -13,10 +13,10 @@ import numpy as np
 import models
 from judges.base import Judge
 from models.keys import sample_key
-from pipeline.material import gold_of
+from pipeline.assessing.material import gold_of
+from pipeline.assessing.scoring import fitting
 from pipeline.progress import Advance
 from pipeline.prompts import draw_key
-from pipeline.scoring import fitting
 from pipeline.store import Artifact, read_rows
 from rewards.metrics.intervals import prompt_means
 from rewards.overoptimisation import Overoptimisation, best_of_n, over_training

@@ -10,7 +10,7 @@ from judges.audit import Asked, agreement, decisions, failures, margins, questio
 from judges.base import Verdict
 from judges.pairwise import first_share, flip_rate
 from judges.probes import Probe
-from pipeline.cases import Case, Cases, ClipCase
+from pipeline.auditing.cases import Case, Cases, ClipCase
 from pipeline.estimates import Accuracy, Calibration, Estimate, accuracy, calibration, mean, share
 from rewards.metrics import correctness
 from rewards.tables import Refused

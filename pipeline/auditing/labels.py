@@ -18,7 +18,7 @@ import numpy as np
 
 from judges.base import Answer
 from judges.images import open_image
-from pipeline.cases import Case
+from pipeline.auditing.cases import Case
 from pipeline.settings import UserError
 from rewards.tables import Refused, Table
 

@@ -18,9 +18,10 @@ from typing import Any
 from rich.table import Table as Grid
 
 import rewards
-from pipeline import material as sources
-from pipeline.assessing import VERB, Job, assess, scored_pictures
-from pipeline.assessment import as_json
+from pipeline.assessing import material as sources
+from pipeline.assessing.assess import VERB, Job, assess, scored_pictures
+from pipeline.assessing.assessment import as_json
+from pipeline.assessing.trials import Cost
 from pipeline.judging import checkpoint_id, told
 from pipeline.loop import run_dir
 from pipeline.progress import Progress, quiet_libraries
@@ -31,7 +32,6 @@ from pipeline.settings import UserError
 from pipeline.stages import STAGES
 from pipeline.stages.reward import trained_loss
 from pipeline.store import Artifact, RunLock, atomic_write_text, fingerprint, hash_path
-from pipeline.trials import Cost
 from rewards.evaluation import CEILING, Evaluation, evaluate
 from rewards.losses import BradleyTerry
 from rewards.tables import Table

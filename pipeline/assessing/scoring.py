@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from judges.base import Judge
-from pipeline.material import Material
+from pipeline.assessing.material import Material
 from pipeline.progress import Advance
 from pipeline.settings import UserError
 from rewards.losses import Scores

@@ -10,7 +10,7 @@ import torch
 
 from judges.probes import probes
 from models.keys import sample_key
-from pipeline.material import Material
+from pipeline.assessing.material import Material
 from rewards.metrics.correlation import siblings
 from rewards.metrics.intervals import Estimate, share
 from rewards.reward import ModelReward
