@@ -50,9 +50,10 @@ from rewards.backbones import (
     make_trainable,
 )
 from rewards.backbones.processor import RewardProcessor
+from rewards.batches import Dtype
 from rewards.losses import BradleyTerry, Scores
 from rewards.preferences import Rule, Scored, pairs
-from rewards.train import Dtype, RewardTraining, step_count, train, training_order
+from rewards.train import RewardTraining, step_count, train, training_order
 
 CHECKPOINT = "judges/checkpoints/shapes/itm"
 TOLERANCE = 1e-3

@@ -18,7 +18,7 @@ from rewards.losses import PairLoss, make_loss
 
 if TYPE_CHECKING:
     from rewards.backbones import RewardModel
-    from rewards.train import Picture
+    from rewards.batches import Picture
 
 STEP_SECONDS = 0.25
 """A training step on 32 pairs of the embedded world, on the reference machine."""
