@@ -227,10 +227,14 @@ def seconds(run_dir: str | Path) -> dict[str, float]:
     """Seconds spent on the latest result of each stage, summed over interruptions; kills are not counted."""
     latest: dict[str, str] = {}
     spent: dict[tuple[str, str], float] = {}
+    ended: set[tuple[str, str]] = set()
     for event in _events(Path(run_dir)):
         match event:
             case {"kind": "stage_start", "stage": stage, "fingerprint": digest}:
                 latest[stage] = digest
+                if (stage, digest) in ended:  # made once more, after others
+                    ended.discard((stage, digest))
+                    spent[stage, digest] = 0.0
             case {
                 "kind": "stage_end" | "interrupted",
                 "stage": stage,
@@ -238,6 +242,8 @@ def seconds(run_dir: str | Path) -> dict[str, float]:
                 "seconds": more,
             }:
                 spent[stage, digest] = spent.get((stage, digest), 0.0) + more
+                if event["kind"] == "stage_end":
+                    ended.add((stage, digest))
     return {stage: spent.get((stage, digest), 0.0) for stage, digest in latest.items()}
 
 

@@ -131,7 +131,7 @@ def _tiny(name: str, folder: Path, generator: Path, judge: Path) -> dict:
             "steps": 3,
             "kept_images": 4,
             "save_every": 2,
-            "watch": {"every": 2, "prompts": 50},
+            "watch": {"every": 4, "prompts": 50},
             "algorithm": {"type": "grpo", "last_start": 1},
         },
         "evaluate": {"images": 12, "steps": 2, "shard": 10},

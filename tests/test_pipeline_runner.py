@@ -154,6 +154,8 @@ def test_a_signal_stops_at_the_next_safe_point_and_the_same_call_goes_on(tmp_pat
 
 def test_seconds_sum_over_interruptions_of_the_latest_result(tmp_path):
     events = [
+        {"kind": "stage_start", "stage": "judge", "fingerprint": "b"},
+        {"kind": "stage_end", "stage": "judge", "fingerprint": "b", "seconds": 50.0},
         {"kind": "stage_start", "stage": "judge", "fingerprint": "a"},
         {"kind": "stage_end", "stage": "judge", "fingerprint": "a", "seconds": 100.0},
         {"kind": "stage_start", "stage": "judge", "fingerprint": "b"},
@@ -163,7 +165,7 @@ def test_seconds_sum_over_interruptions_of_the_latest_result(tmp_path):
         {"kind": "stage_start", "stage": "report", "fingerprint": "c"},
     ]
     lines = [json.dumps(event) for event in events]
-    (tmp_path / "events.jsonl").write_text("\n".join([*lines[:4], '{"kind": "sta', *lines[4:]]))
+    (tmp_path / "events.jsonl").write_text("\n".join([*lines[:6], '{"kind": "sta', *lines[6:]]))
     assert runner.seconds(tmp_path) == {"judge": 5.0, "report": 0.0}
     assert runner.seconds(tmp_path / "absent") == {}
 
