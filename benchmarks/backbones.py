@@ -1,4 +1,4 @@
-"""What each backbone and loss of a reward model is worth on the same preferences: the table of docs/rewards.md.
+"""What each backbone and loss of a reward model is worth on the same preferences.
 
     python -m benchmarks.backbones configs/shapes.yaml [--only latent+thurstone …] [--tune 240] [key.sub=value …]
 
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from models.generator import load_generator
+from models.samplers import keyed_noise
 from pipeline.assessing.assess import VERB
 from pipeline.config import Config
 from pipeline.loop import run_dir, run_loop
@@ -102,11 +102,9 @@ def latents_per_second(config: Config) -> float:
     reward = load_reward(run_dir(config) / "reward" / "model")
     generator = load_generator(config.generator.checkpoint)
     prompts = [row.text for row in config.prompts.held_out(0, RATED)]
+    latents = keyed_noise(list(range(RATED)), generator.latent_shape)
     with torch.inference_mode():
         cond = generator.encode(prompts)
-        latents = torch.randn(
-            RATED, *reward.model.encode(reward.model.pixels([np.zeros((32, 32, 3), np.uint8)])).shape[1:]
-        )
         spent = []
         for _ in range(2):
             started = time.perf_counter()
