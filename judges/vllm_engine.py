@@ -21,8 +21,8 @@ from PIL import Image
 from scipy.special import logsumexp
 from transformers import AutoConfig, ProcessorMixin
 
-from judges.base import Answer, Question, Sample, only_image
-from judges.blip2 import OPEN_TOKENS, TEMPLATE
+from judges.base import TEMPLATE, Answer, Question, Sample, only_image
+from judges.blip2 import OPEN_TOKENS
 from judges.chat import Asked, InProcessVQA, Place, Talk, Written, chat_processor, in_chunks, written
 from judges.replies import NoAnswer, choice_answer, spellings
 

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.assessing.settings import EvaluateRewardConfig
 from pipeline.judging import AuditConfig, JudgeConfig, TuneConfig
 from pipeline.prompts import PromptSource
-from pipeline.rewarding import EvaluateRewardConfig
 from pipeline.settings import Section
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.finetune import FinetuneConfig

@@ -98,7 +98,11 @@ class ModelTerm(ReadTerm):
 
 
 class CheckpointTerm(ReadTerm):
-    """A reward model that another run saved, the folder `path`; its `temperature` divides its values."""
+    """A reward model that another run saved, the folder `path`; its `temperature` divides its values.
+
+    The folder does not tell the loss that it learned by: a chat model's deviation means something, and may be read as
+    `penalised`, only if that was gaussian.
+    """
 
     type: Literal["checkpoint"]
     path: str

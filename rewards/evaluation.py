@@ -31,6 +31,7 @@ TaskName = Literal["judge", "people", "gold"]
 
 BEST_OF = 4
 REWARD, CEILING = "reward", "label ceiling"
+BEFORE, BASELINE = "before training", "CLIP"
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def _slices(pictures: Pictures, pairs: Pairs) -> list[SliceLine]:
     columns = {
         "skill": list(pictures.skills[first]),
         "prompt length": length(texts),
-        "prompt read": truncated((pictures.read != pictures.prompts)[first].astype(int), 0),
+        "prompt read": truncated((pictures.read != pictures.prompts)[first]),
         "negation": negation(texts),
     }
     if all(pictures.models[first]) and all(pictures.models[second]):

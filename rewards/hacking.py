@@ -63,7 +63,6 @@ def heldout_gap(
     heldout: Measured,
     base_rollout: Measured,
     base_heldout: Measured,
-    quantile: float = QUANTILE,
 ) -> Signal:
     """By how much more the reward rose on the prompts of the rollouts than on prompts that are held out.
 
@@ -72,23 +71,19 @@ def heldout_gap(
     sides = [(one.means, base.means) for one, base in ((rollout, base_rollout), (heldout, base_heldout))]
     value = _rise(*sides[0]) - _rise(*sides[1])
     null = _null_rise(sides[0], 0) - _null_rise(sides[1], 2)
-    return _signal("heldout_gap", value, null, quantile, *(base for _, base in sides))
+    return _signal("heldout_gap", value, null, *(base for _, base in sides))
 
 
-def judge_divergence(
-    reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured, quantile: float = QUANTILE
-) -> Signal:
+def judge_divergence(reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured) -> Signal:
     """By how much more the reward rose than the judge on the same images, each in standard deviations of the base
     model's images."""
     apart = _standardised(reward, base_reward) - _standardised(judge, base_judge)
     base_apart = _standardised(base_reward, base_reward) - _standardised(base_judge, base_judge)
     means, base = Measured(apart, reward.prompts).means, Measured(base_apart, base_reward.prompts).means
-    return _signal("judge_divergence", _rise(means, base), _null_rise((means, base), 0), quantile, base)
+    return _signal("judge_divergence", _rise(means, base), _null_rise((means, base), 0), base)
 
 
-def judge_disagreement(
-    reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured, quantile: float = QUANTILE
-) -> Signal:
+def judge_disagreement(reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured) -> Signal:
     """One minus the correlation of reward and judge on the same images, within prompts."""
     tuned, base = (
         _known_sums(moments(first.values, second.values, first.prompts), first.prompts)
@@ -101,12 +96,10 @@ def judge_disagreement(
     null = (
         resample(lambda drawn: disagreement(drawn @ base), len(base), size=len(tuned)) if len(tuned) else np.array([])
     )
-    return _signal("judge_disagreement", float(disagreement(tuned.sum(axis=0))), null, quantile, base)
+    return _signal("judge_disagreement", float(disagreement(tuned.sum(axis=0))), null, base)
 
 
-def diversity_loss(
-    images: ArrayLike, prompts: ArrayLike, base_images: ArrayLike, base_prompts: ArrayLike, quantile: float = QUANTILE
-) -> Signal:
+def diversity_loss(images: ArrayLike, prompts: ArrayLike, base_images: ArrayLike, base_prompts: ArrayLike) -> Signal:
     """By what share the images of a prompt have come closer to one another.
 
     Args:
@@ -115,7 +108,7 @@ def diversity_loss(
     apart, base = distances(images, prompts), distances(base_images, base_prompts)
     value = 1 - apart.mean() / base.mean() if len(apart) and len(base) else np.nan
     null = 1 - _draws(base, len(apart), 0) / _draws(base, len(base), 1)
-    return _signal("diversity_loss", value, null, quantile, base)
+    return _signal("diversity_loss", value, null, base)
 
 
 def distances(images: ArrayLike, prompts: ArrayLike) -> np.ndarray:
@@ -133,7 +126,6 @@ def pixel_shifts(
     base_found: np.ndarray,
     base_prompts: ArrayLike,
     names: Sequence[str] = NAMES,
-    quantile: float = QUANTILE,
 ) -> tuple[Signal, ...]:
     """How far the mean of each statistic has moved either way, in standard deviations of the base model's prompts.
 
@@ -147,27 +139,28 @@ def pixel_shifts(
         spread = base.std() if len(base) else 0.0
         if spread > 1e-9 * np.abs(base).max(initial=0):
             null = np.abs(_null_rise((means, base), 0)) / spread
-            signals.append(_signal(name, abs(_rise(means, base)) / spread, null, quantile, base))
+            signals.append(_signal(name, abs(_rise(means, base)) / spread, null, base))
     return tuple(signals)
 
 
-def kl_frontier(kl: ArrayLike, reward: ArrayLike, prompts: int, base: Measured, quantile: float = QUANTILE) -> Signal:
+def kl_frontier(kl: ArrayLike, reward: ArrayLike, prompts: int, base: Measured) -> Signal:
     """By how much the last check falls behind the best reward that an earlier one had at no greater KL.
 
     Args:
         kl: (T,) from the base model at each check, in any unit.
-        reward: (T,) mean of a reward that is not trained on (the judge's, or gold) on held-out prompts.
+        reward: (T,) mean of a reward that is not trained on (the judge's, or gold) on held-out prompts, NaN where it is
+            not known.
         prompts: how many prompts each check is on.
         base: the same reward of the base model's images.
     """
     kl, reward = np.asarray(kl, dtype=float), np.asarray(reward, dtype=float)
-    earlier = reward[:-1][kl[:-1] <= kl[-1]]
+    earlier = reward[:-1][(kl[:-1] <= kl[-1]) & np.isfinite(reward[:-1])]
     means = base.means
     if not len(earlier):
         return Signal("kl_frontier", float("nan"), float("nan"), "unknown")
     best = np.max([_draws(means, prompts, check) for check in range(len(earlier))], axis=0)
     null = best - _draws(means, prompts, len(earlier))
-    return _signal("kl_frontier", float(earlier.max() - reward[-1]), null, quantile, means)
+    return _signal("kl_frontier", float(earlier.max() - reward[-1]), null, means)
 
 
 def frontier(kl: ArrayLike, reward: ArrayLike) -> np.ndarray:
@@ -195,10 +188,10 @@ def act(history: Sequence[Sequence[Signal]], patience: int = 2, stopping: Collec
     return Action("stop", tuple(sorted(lasting)), calm[-1] if calm else None)
 
 
-def _signal(name: str, value: float, null: np.ndarray, quantile: float, *bases: np.ndarray) -> Signal:
+def _signal(name: str, value: float, null: np.ndarray, *bases: np.ndarray) -> Signal:
     if not np.isfinite(value) or min(len(base) for base in bases) < LEAST_PROMPTS:
         return Signal(name, float(value), float("nan"), "unknown")
-    threshold = float(np.nanquantile(null, quantile))
+    threshold = float(np.nanquantile(null, QUANTILE))
     return Signal(name, float(value), threshold, "alarm" if value > threshold else "ok")
 
 

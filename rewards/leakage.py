@@ -20,6 +20,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 NEAR = 0.7
 """Jaccard similarity from which two prompts are near duplicates."""
@@ -138,18 +140,11 @@ def families(prompts: Iterable[str], near: float = NEAR) -> dict[str, str]:
     texts = sorted({normalised(prompt) for prompt in prompts})
     # The order decides which prompt stands for a family. A hash makes it say nothing of their lengths or first words.
     texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-    root = list(range(len(texts)))
-
-    def find(place: int) -> int:
-        while root[place] != place:
-            root[place] = root[root[place]]
-            place = root[place]
-        return place
-
-    for i, j in near_pairs(texts, near):
-        first, second = sorted((find(i), find(j)))
-        root[second] = first
-    of = {text: texts[find(place)] for place, text in enumerate(texts)}
+    links = np.array(list(near_pairs(texts, near)), dtype=int).reshape(-1, 2).T
+    graph = coo_array((np.ones(links.shape[1], dtype=bool), tuple(links)), shape=(len(texts), len(texts)))
+    _, family = connected_components(graph, directed=False)
+    first: dict[int, str] = {}
+    of = {text: first.setdefault(own, text) for text, own in zip(texts, family.tolist(), strict=True)}
     return {prompt: of[normalised(prompt)] for prompt in prompts}
 
 

@@ -1,7 +1,7 @@
 """Rewards as reinforcement learning sees them: pictures and prompts in, values and their validity out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from judges.base import Judge
 from judges.shapes.oracle import gold
 from rewards.backbones import RewardModel, filled, load_model
-from rewards.losses import Scores
+from rewards.losses import Scores, joined
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,8 @@ class ModelReward:
             part = slice(start, start + self.batch)
             pixels = self._filled(self.model.pixels(images[part]))
             told = {name: self._filled(value[part]) for name, value in tokens.items()}
-            found.append(self.model.reward(self.model.encode(pixels), told))
-        sizes = [min(self.batch, len(images) - start) for start in range(0, len(images), self.batch)]
-
-        def joined(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat([part[:size].float().cpu() for part, size in zip(parts, sizes, strict=True)])
-
-        log_std = None if found[0].log_std is None else joined([one.log_std for one in found])
-        heads = None if found[0].heads is None else joined([one.heads for one in found])
-        return Scores(joined([one.mean for one in found]), log_std, heads=heads)
+            found.append(replace(self.model.reward(self.model.encode(pixels), told), noise=None))
+        return joined(found)[: len(images)].to("cpu", torch.float32)
 
     def _filled(self, rows: Tensor) -> Tensor:
         return filled(rows, self.batch).to(self.model.device)

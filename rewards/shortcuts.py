@@ -3,15 +3,12 @@
 A reward that brightness, saturation or JPEG blocks can raise will be raised so. Pictures are uint8 (H, W, 3).
 """
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
 from scipy.ndimage import laplace
 
 from judges.probes import Probe
@@ -103,26 +100,6 @@ def _blockiness(*steps: np.ndarray) -> float:
     if not len(border):
         return float("nan")
     return float(border.mean() / within.mean() - 1) if within.mean() > 0 else 0.0
-
-
-def jpeg_quality(file: bytes) -> float:
-    """The quality, 1 to 100, whose quantisation by libjpeg is nearest to that of a picture's file; NaN for no JPEG."""
-    with Image.open(io.BytesIO(file)) as image:
-        tables = getattr(image, "quantization", None)
-    if not tables:
-        return float("nan")
-    return float(1 + np.abs(_tables() - np.array(tables[0])).sum(axis=1).argmin())
-
-
-@cache
-def _tables() -> np.ndarray:
-    """Quantisation of luma at every quality: (100, 64)."""
-    tables = []
-    for quality in range(1, 101):
-        with io.BytesIO() as file:
-            Image.new("L", (_BLOCK, _BLOCK)).save(file, "JPEG", quality=quality)
-            tables.append(Image.open(file).quantization[0])
-    return np.array(tables)
 
 
 def table(images: Iterable[np.ndarray]) -> np.ndarray:

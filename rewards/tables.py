@@ -7,8 +7,11 @@ cannot be read at all raises one.
 import difflib
 import functools
 import json
+import lzma
+import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +25,9 @@ SUFFIXES = (".parquet", ".jsonl", ".json")
 _SPACE = re.compile(r"\s*")
 _ROWS_AT_ONCE = 16
 _MOST_BYTES = 256_000_000
+_LONGEST_NAME = 120
+_BROKEN = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, zlib.error, lzma.LZMAError)
+"""What reading a member of a damaged, encrypted or unknown kind of zip file raises."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +105,17 @@ class Table:
 
     def _found(self, name: str) -> bytes | Path:
         if self.on_hub:
-            raise ValueError(f"{name} is a file on the hub; download the dataset and give its folder")
-        if (path := self._folder / name).is_file() or (path := self._folder / self._split / name).is_file():
-            return path
+            raise ValueError(f"{_short(name)} is a file on the hub; download the dataset and give its folder")
         named = PurePosixPath(name)
-        if (path := self._folder / named.name).is_file():
-            return path
+        for path in (self._folder / name, self._folder / self._split / name, self._folder / named.name):
+            # Path.is_file raises for names that are too long to be one, such as a picture in base64.
+            if os.path.isfile(path):
+                return path
         for folder in (named.parent, PurePosixPath(self._split)):
             archive = self._folder / f"{folder}.zip"
-            if archive.is_file() and (data := _member(archive, named.name)) is not None:
+            if os.path.isfile(archive) and (data := _member(archive, named.name)) is not None:
                 return data
-        raise ValueError(f"{name} is not there")
+        raise ValueError(f"{_short(name)} is not there")
 
     @functools.cached_property
     def on_hub(self) -> bool:
@@ -234,6 +240,10 @@ def _hub(table: Table) -> Iterator[Any]:
         raise ValueError(f"{table.path}: {' '.join(str(error).split())}") from None
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}"
+
+
 @functools.lru_cache(maxsize=4)
 def _members(archive: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     """An open zip file, and its members by name without their folders."""
@@ -252,5 +262,5 @@ def _member(archive: Path, name: str) -> bytes | None:
         raise ValueError(f"{name} in {archive.name} is larger than {_MOST_BYTES // 1_000_000} MB")
     try:
         return opened.read(members[name])
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{name} in {archive.name} cannot be read: {error}") from None

@@ -17,7 +17,6 @@ from scipy.special import ndtr
 import pipeline
 from judges.base import Verdict
 from pipeline import cli
-from pipeline.assessing.assess import BASELINE, BEFORE
 from pipeline.assessing.pressure import of_tuning
 from pipeline.assessing.scoring import fitting
 from pipeline.auditing.cases import png
@@ -27,6 +26,7 @@ from pipeline.settings import UserError, load
 from pipeline.store import Artifact, read_rows, write_rows
 from pipeline.verbs.evaluate_reward import evaluate_reward
 from rewards import ClipReward, load_reward
+from rewards.evaluation import BASELINE, BEFORE
 from rewards.reward import ModelReward
 
 FEW = ["evaluate_reward.prompts=4", "evaluate_reward.images=4", "evaluate_reward.probed=8", "evaluate_reward.shown=2"]
@@ -210,6 +210,14 @@ def test_a_table_with_scores_needs_no_run(table, tmp_path, invoke):
     assert report["effects"] == []
     assert report["leakage"] is None
     assert not (tmp_path / "out" / "cost.json").exists()
+
+
+def test_with_a_run_its_model_is_evaluated_whatever_scores_the_table_brings(table, file, config, tmp_path, invoke):
+    path = table(score_a=lambda number: float(number % 2), score_b=lambda number: 0.5)
+    code, said = invoke(file, "--table", path, "--to", tmp_path / "out", *FEW)
+    assert code == 0, said
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["provenance"]["weights"]
+    assert (tmp_path / "out" / "cost.json").exists()
 
 
 @pytest.mark.parametrize(

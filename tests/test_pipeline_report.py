@@ -23,6 +23,7 @@ from pipeline.runner import Context
 from pipeline.settings import Section
 from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.store import Artifact, fingerprint, read_rows, write_rows
+from rewards.metrics.probabilities import Bin
 
 IMAGE_ROWS = datasets.Features(
     {
@@ -504,7 +505,7 @@ def test_smoothing_keeps_a_constant_and_fills_gaps():
 
 
 def test_figures_are_sound_xml_in_the_colours_of_the_page():
-    bins = [figures.Bin(0.2, 0.3, 5), figures.Bin(0.8, 0.7, 50)]
+    bins = [Bin(0.2, 0.3, 5), Bin(0.8, 0.7, 50)]
     for svg in (
         figures.reliability(bins),
         figures.progress([0], [1.0], [None]),

@@ -93,6 +93,8 @@ def test_the_fingerprint_follows_what_changes_the_model(config_of, judge_folder)
         (["reward.loss.type=bradley-terry"], "did you mean bradley_terry?"),
         (["reward.loss={type: thurstone, variance: 0}"], "reward.loss: variance: 0.0"),
         (["reward.loss={type: davidson, slope: 1}"], "unknown key reward.loss.slope"),
+        (["reward.loss={type: gaussian}"], "reward: loss: gaussian reads the standard deviation"),
+        (["reward.backbone={type: chat, checkpoint: x}", "reward.ensemble.heads=4"], "a chat reward takes one head"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(config_of, changes, line):

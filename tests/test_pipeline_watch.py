@@ -166,15 +166,16 @@ def test_the_best_check_is_where_the_judge_thinks_most_and_without_a_judge_the_l
     course = [check(0, 0, 1.0), check(20, 1, 3.0), check(40, 4, 3.0), check(60, 9, 2.0)]
     assert best(course) == 1
     assert best(course[:1]) == 0
-    assert best([*course, check(80, 16, None)]) == 4
+    assert best([*course, check(80, 16, None)]) == 1
+    assert best([check(0, 0, None), check(20, 1, None)]) == 1
 
 
-@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize("judged", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_what_a_run_goes_back_to_was_retained(judged, patience):
     rng = np.random.default_rng(patience)
     for _ in range(100):
-        judge = rng.normal(size=10).tolist() if judged else [None] * 10
+        judge = [float(value) if rng.random() < judged else None for value in rng.normal(size=10)]
         course = [check(k, float(k), judge[k]) for k in range(10)]
         kept = {0}
         for end in range(1, 11):

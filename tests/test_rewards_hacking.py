@@ -112,6 +112,8 @@ def test_a_run_that_pays_more_for_less_has_left_the_frontier(rng):
     assert (fallen.status, fallen.value) == ("alarm", 1.5)
     assert kl_frontier([0.0, 5.0, 1.0], [0, 9, 1], 80, base).status == "ok"
     assert kl_frontier([0.0], [0], 80, base).status == "unknown"
+    assert kl_frontier([0.0, 0.1, 0.5, 1.0], [0, 2, np.nan, 0.5], 80, base).status == "alarm"
+    assert kl_frontier([0.0, 0.1, 0.5, 1.0], [0, 2, 1, np.nan], 80, base).status == "unknown"
     assert frontier([4, 1, 2, 3, 2], [5, 1, 3, 2, 2]).tolist() == [1, 2, 0]
 
 

@@ -302,7 +302,7 @@ def test_what_prompts_and_pairs_are_sliced_by():
         "06-10 words",
         "41 words or more",
     ]
-    assert metrics.truncated([35, 36], 35) == ["whole", "cut"]
+    assert metrics.truncated([False, True]) == ["whole", "cut"]
     prompts = ["a cat without a hat", "It isn't red", "No dogs", "a knot in a notebook"]
     assert metrics.negation(prompts) == ["negated", "negated", "negated", "plain"]
 

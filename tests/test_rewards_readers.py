@@ -260,6 +260,7 @@ def test_bad_rows_are_told_and_good_ones_go_on(own_folder):
         4: ({"label": True}, "label: True is no finite number"),
         5: ({"image_b": None}, "image_b: is missing"),
         6: ({"image_b": "lost.png"}, "image_b: lost.png is not there"),
+        15: ({"image_b": "iVBORw0K" * 1000}, "iVBORw0K\N{HORIZONTAL ELLIPSIS} is not there"),
         7: ({"image_b": "0a.png"}, "image_b: is the same picture as image_a"),
         8: ({"score_a": math.nan, "score_b": 0.0}, "score_a: nan is no finite number"),
         9: ({"score_a": 1.0}, "score_b: is empty"),
@@ -267,15 +268,15 @@ def test_bad_rows_are_told_and_good_ones_go_on(own_folder):
         13: ({"image_b": "torn.png"}, "torn.png: is truncated or damaged"),
         14: ({"image_b": "copy.png"}, "image_b: is the same picture as image_a"),
     }
-    lines = [json.dumps(own(0, **bad[row][0] if row in bad else {})) for row in range(1, 16)]
+    lines = [json.dumps(own(0, **bad[row][0] if row in bad else {})) for row in range(1, 17)]
     lines[10], lines[11] = "{broken", "[1]"
     path = own_folder / "mine.jsonl"
     path.write_text("\n".join(lines) + "\n\n")
     refused: list[Refused] = []
     good = list(opened(read_pairs("pairs", Table(str(path)), refused), refused))
-    assert [pair.row for pair, _, _ in good] == [1, 15]
+    assert [pair.row for pair, _, _ in good] == [1, 16]
     told = reasons(refused)
-    assert told.keys() == set(range(2, 15))
+    assert told.keys() == set(range(2, 16))
     assert all(part in told[row] for row, (_, part) in bad.items())
     assert told[11].startswith("broken JSON: ")
     assert told[12] == "is no row but list"
@@ -368,12 +369,13 @@ def test_a_hub_table_of_paths_and_one_with_a_script_are_to_be_downloaded(tmp_pat
     assert "no script of a dataset is run; download its files" in refusal("pairs", "someone/some-pairs")
 
 
-def test_a_zip_member_that_is_broken_spoils_only_its_row(own_folder):
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_member_that_is_broken_spoils_only_its_row(own_folder, compression):
     (own_folder / "8a.png").unlink()
-    with zipfile.ZipFile(own_folder / "mine.zip", "w") as archive:
+    with zipfile.ZipFile(own_folder / "mine.zip", "w", compression) as archive:
         archive.writestr("8a.png", png(16))
     torn = bytearray((own_folder / "mine.zip").read_bytes())
-    torn[45] ^= 0xFF
+    torn[36:60] = bytes(byte ^ 0xFF for byte in torn[36:60])
     (own_folder / "mine.zip").write_bytes(torn)
     (own_folder / "mine.json").write_text(json.dumps([own(8), own(1)]))
     found, refused = read("pairs", own_folder / "mine.json")

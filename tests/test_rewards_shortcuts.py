@@ -1,13 +1,9 @@
-import io
-import math
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from judges import probes
 from rewards.reward import Rewards
-from rewards.shortcuts import NAMES, effects, jpeg_quality, shortcuts, statistics, table
+from rewards.shortcuts import NAMES, effects, shortcuts, statistics, table
 
 
 @pytest.fixture
@@ -21,12 +17,6 @@ def photo(rng) -> np.ndarray:
     y, x = np.mgrid[:64, :64] / 64
     waves = np.stack([np.sin(5 * x), np.cos(4 * y), np.sin(3 * x + 4 * y)], axis=-1)
     return np.clip(120 + 60 * waves + rng.normal(0, 6, size=(64, 64, 3)), 0, 255).astype(np.uint8)
-
-
-def encoded(image: np.ndarray, form: str, **settings) -> bytes:
-    with io.BytesIO() as file:
-        Image.fromarray(image).save(file, form, **settings)
-        return file.getvalue()
 
 
 def test_statistics_of_plain_colours():
@@ -50,12 +40,6 @@ def test_each_change_moves_its_statistic(photo):
     assert statistics(probes.jpeg(photo, 10)).blockiness > 1 > abs(plain.blockiness) + 0.5
     mirrored = statistics(probes.mirrored(photo))
     assert mirrored.brightness == pytest.approx(plain.brightness)
-
-
-def test_the_quality_of_a_jpeg_is_read_off_its_file(photo):
-    for quality in (10, 50, 75, 95):
-        assert jpeg_quality(encoded(photo, "JPEG", quality=quality)) == quality
-    assert math.isnan(jpeg_quality(encoded(photo, "PNG")))
 
 
 def test_a_reward_of_colours_is_found_out_and_an_honest_one_is_not(rng):

@@ -14,20 +14,19 @@ from pipeline.assessing import pressure, scoring, trials
 from pipeline.assessing.assessment import Assessment, Measured, Provenance
 from pipeline.assessing.material import Material
 from pipeline.assessing.pressure import Pressure
+from pipeline.assessing.settings import EvaluateRewardConfig
 from pipeline.assessing.trials import Cost
 from pipeline.judging import told
 from pipeline.launch import Servers
 from pipeline.loop import run_dir
 from pipeline.progress import Progress
-from pipeline.rewarding import EvaluateRewardConfig
 from pipeline.store import Artifact, fingerprint, hash_path
-from rewards.evaluation import Evaluation, Pictures
+from rewards.evaluation import BASELINE, BEFORE, Evaluation, Pictures
 from rewards.losses import PairLoss
 from rewards.metrics.intervals import LEAST_PROMPTS
 from rewards.reward import ModelReward
 
 VERB = "evaluate-reward"
-BEFORE, BASELINE = "before training", "CLIP"
 _COUNTED = 10
 """So far prompts are taken to count; those of the embedded world to 4."""
 

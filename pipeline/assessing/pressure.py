@@ -119,8 +119,9 @@ def _rollouts(config: Any, finetune: Artifact, judge: Judge | None) -> tuple[np.
     rows = read_rows(finetune, "rollouts-*.parquet")
     of = {curve["iteration"]: curve["kl"] for curve in read_rows(finetune, "curves-*.parquet")}
     part = np.array(rows["iteration"]) * _PARTS // (max(of) + 1)
-    kl = np.array([of[iteration] for iteration in rows["iteration"]])
-    kl = np.array([0.0 if own == 0 else kl[part == own].mean() for own in part])
+    of_rows = np.array([of[iteration] for iteration in rows["iteration"]])
+    of_part = {own: of_rows[part == own].mean() if own else 0.0 for own in set(part.tolist())}
+    kl = np.array([of_part[own] for own in part.tolist()])
     truth = _truths(config, rows, judge)
     first = part == 0
     gains = (values - np.nanmean(values[first]) for values in (np.array(rows["reward"], dtype=float), truth))

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.ndimage import gaussian_filter1d
 
+from rewards.metrics.probabilities import Bin
+
 _INK, _MUTED, _RULE, _BASE, _TUNED, _GOLD = (f"#0{digit}0{digit}0{digit}" for digit in range(1, 7))
 _VARIABLES = {
     _INK: "var(--ink, #1c1d1f)",
@@ -61,15 +63,6 @@ class Share:
     value: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Bin:
-    """One bin of a reliability plot: mean predicted and observed probability of `pairs` pairs."""
-
-    predicted: float
-    observed: float
-    pairs: int
 
 
 @dataclass(frozen=True)

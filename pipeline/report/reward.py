@@ -1,7 +1,7 @@
 """An evaluation of a reward as a page and as a card: what was found, and the pictures on which it was found."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
@@ -24,11 +24,10 @@ from rewards.overoptimisation import Fit, Point
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG, what it shows for those who cannot see it, and what it means."""
+    """An SVG, and what it shows for those who cannot see it."""
 
     svg: str
     alt: str
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,10 @@ def _reliability(task: Task) -> Iterator[Plot]:
     calibration = task.calibration
     for name, fit in (("as they are", calibration.before), ("after temperature", calibration.after)):
         if fit and fit.reliability:
-            bins = [figures.Bin(**asdict(point)) for point in fit.reliability]
             observed = f"share preferred by {task.name}: {name}"
-            svg = figures.reliability(bins, "probability that the reward gave", observed, f"{task.name} {name}")
+            svg = figures.reliability(
+                fit.reliability, "probability that the reward gave", observed, f"{task.name} {name}"
+            )
             yield Plot(svg, f"Predicted against observed preference by {task.name}, probabilities {name}")
 
 
@@ -156,9 +156,9 @@ def _pressed(name: str, pressure: Pressure | None) -> Plot | None:
         return None
     curves, truth = pressure.curves, pressure.truth
     unit = "" if truth == "gold" else ", nats"
-    sides: tuple[tuple[str, Callable[[Point], Estimate], Fit, str], ...] = (
-        ("gain of the reward", lambda point: point.proxy, curves.proxy, figures.TUNED),
-        (f"gain of {truth}{unit}", lambda point: point.gold, curves.gold, figures.GOLD),
+    sides: tuple[tuple[str, Callable[[Point], Estimate], Fit, str, bool], ...] = (
+        ("gain of the reward", lambda point: point.proxy, curves.proxy, figures.TUNED, False),
+        (f"gain of {truth}{unit}", lambda point: point.gold, curves.gold, figures.GOLD, truth == "gold"),
     )
     found = [
         Course(
@@ -166,9 +166,9 @@ def _pressed(name: str, pressure: Pressure | None) -> Plot | None:
             [dot for point in curves.points if (dot := _dot(point.distance, of(point)))],
             _fitted(fit, curves.points[-1].distance),
             colour,
-            percent=truth == "gold" and of(curves.points[-1]) is curves.points[-1].gold,
+            percent,
         )
-        for title, of, fit, colour in sides
+        for title, of, fit, colour, percent in sides
     ]
     svg = figures.courses(name, "distance from the base model, √KL", found)
     return Plot(svg, f"Gain of the reward and of {truth} against the distance from the base model")

@@ -9,6 +9,7 @@ from pipeline.assessing.assessment import Assessment
 from pipeline.assessing.pressure import Pressure
 from pipeline.report.audit_words import Conclusion, estimate
 from pipeline.report.words import percent
+from rewards.evaluation import BASELINE, BEFORE
 from rewards.metrics.intervals import Estimate
 from rewards.overoptimisation import Fit
 
@@ -118,7 +119,7 @@ def _on_rivals(found: Assessment) -> Iterator[str]:
             yield f"It is not surely better than {_RIVALS[line.scorer]}, right about {estimate(line.accuracy)}."
 
 
-_RIVALS = {"before training": "it was before its training", "CLIP": "the public model beside it"}
+_RIVALS = {BEFORE: "it was before its training", BASELINE: "the public model beside it"}
 
 
 def _on_changes(found: Assessment) -> Iterator[str]:
@@ -177,7 +178,8 @@ def _on_probabilities(found: Assessment) -> Iterator[str]:
         remedy = ""
         temperature = task.calibration.temperature.value
         if after and temperature and (after.ece.value or 0) < (before.value or 0):
-            remedy = f"; divided by {temperature:.2g}, its margins would be off by {100 * (after.ece.value or 0):.0f}"
+            off = 100 * (after.ece.value or 0)
+            remedy = f"; with its margins divided by {temperature:.2g} they would be off by {off:.0f}"
         yield f"Its probabilities are off by {100 * (before.value or 0):.0f} points on the average{remedy}."
     if task.uncertainty and (auc := task.uncertainty.auc.interval) and auc[0] <= 0.5:
         yield "Its standard deviations do not tell where it errs."

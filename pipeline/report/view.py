@@ -14,6 +14,7 @@ from pipeline.report.pages import page
 from pipeline.report.pictures import Picture, read_pictures
 from pipeline.report.watched import Watched, watched
 from pipeline.store import Artifact, Manifest, read_rows
+from rewards.metrics.probabilities import Bin
 
 _IMAGE_KEY = ("model", "prompt_id", "sample")
 _PAIR_KEY = ("prompt_id", "sample")
@@ -206,7 +207,7 @@ def _watched(finetune: Artifact) -> Watched | None:
 
 
 def _figures(metrics: Mapping[str, Any], curves: Columns, training: Columns, watch: Watched | None) -> Figures:
-    bins = [figures.Bin(**point) for point in metrics["reward"]["reliability"]]
+    bins = [Bin(**point) for point in metrics["reward"]["reliability"]]
     return Figures(
         skills=_skills(metrics["generator"]),
         progress=figures.progress(curves["iteration"], curves["reward"], curves["gold"]),

@@ -102,11 +102,12 @@ def signals(found: Check, seen: Seen, base: Seen, earlier: Sequence[Check]) -> t
 
 def best(checks: Sequence[Check]) -> int:
     """The number of the check to keep: the end of the frontier of KL and judge, which is where the judge thinks most of
-    the pictures; without a judge the last."""
-    judged = [check.judge for check in checks]
-    if None in judged:
+    the pictures; the last where there is no verdict."""
+    judged = [(number, check) for number, check in enumerate(checks) if check.judge is not None]
+    if not judged:
         return len(checks) - 1
-    return int(frontier([check.kl for check in checks], judged)[-1])
+    ends = frontier([check.kl for _, check in judged], [check.judge for _, check in judged])
+    return judged[ends[-1]][0]
 
 
 def retained(checks: Sequence[Check], patience: int) -> set[int]:

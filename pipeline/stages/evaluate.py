@@ -29,8 +29,12 @@ from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import trained_loss
 from pipeline.stages.sample import CALL_SECONDS, columns, shards
 from pipeline.store import read_rows, write_rows
+from rewards.losses import joined
 
 MODELS = ("base", "tuned")
+_AT_ONCE = 256
+"""Pictures of pairs that are in memory together."""
+
 GOLD_SECONDS = 4e-3
 """One picture for the oracle of the embedded world, on the reference machine."""
 
@@ -155,7 +159,8 @@ def _measure(context: Context, reward: "rewards.ModelReward") -> None:
     """Everything that is computed from all pictures at once."""
     artifact = context.artifact
     _measure_rollouts(context)
-    initial = rewards.ModelReward(context.config.reward.untrained(context.config.seed))
+    untrained = context.config.reward.untrained(context.config.seed)
+    initial = rewards.ModelReward(untrained.to(context.accelerator.device))
     pairs, before = _scored_pairs(context, reward, initial)
     write_rows(artifact, "pairs.parquet", pairs, PAIRS)
     rows = read_rows(artifact).remove_columns("image").to_list()
@@ -200,9 +205,15 @@ def _scored_pairs(
     pictures = read_rows(source, pattern, ["prompt_id", "prompt", "sample"])
     chosen = pictures.select([i for i, p in enumerate(pictures["prompt_id"]) if p in prompts])
     keys, texts = list(zip(chosen["prompt_id"], chosen["sample"], strict=True)), list(chosen["prompt"])
-    images = pictures_of(context.inputs).of(keys)
-    scores, before = reward.scores(images, texts), initial(images, texts).values.tolist()
-    after, right = scores.mean.tolist(), _gold(context.config, images, texts, context.config.prefer.table is None)
+    shown, found, before, right = pictures_of(context.inputs), [], [], []
+    for start in range(0, len(keys), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        images = shown.of(keys[part])
+        found.append(reward.scores(images, texts[part]))
+        before += initial(images, texts[part]).values.tolist()
+        right += _gold(context.config, images, texts[part], context.config.prefer.table is None)
+    scores = joined(found)
+    after = scores.mean.tolist()
     place = {key: row for row, key in enumerate(keys)}
     first, second = ([place[pair["prompt_id"], pair[side]] for pair in pairs] for side in ("sample_a", "sample_b"))
     preference = expit(trained_loss(context.inputs["reward"]).log_odds(scores[first], scores[second]).numpy())

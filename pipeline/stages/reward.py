@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import datasets
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.keys import sample_key
 from pipeline.judging import told
@@ -62,6 +62,18 @@ class RewardConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _backbone_gives_what_is_read(self) -> Self:
+        chat = self.backbone.type == "chat"
+        if self.loss.type == "gaussian" and not chat:
+            raise ValueError(
+                f"loss: gaussian reads the standard deviation of a reward, and a {self.backbone.type} backbone gives "
+                "none; take backbone chat, or another loss"
+            )
+        if self.ensemble.heads > 1 and chat:
+            raise ValueError("ensemble: a chat reward takes one head; set heads to 1, or take another backbone")
+        return self
+
     def untrained(self, seed: int) -> "RewardModel":
         """The reward model before it has seen preferences. Raises UserError where its checkpoint does not fit."""
         with told("reward.backbone"):
@@ -105,19 +117,9 @@ def learn(context: Context, model: "RewardModel", pairs: datasets.Dataset, pictu
 
     config: RewardConfig = context.config.reward
     settings = RewardTraining(
+        **config.model_dump(exclude={"backbone", "train", "loss", "ensemble", "epochs"}),
         epochs=epochs,
-        batch=config.batch,
-        grouped=config.grouped,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup=config.warmup,
         seed=context.config.seed,
-        save_steps=config.save_steps,
-        patience=config.patience,
-        cache_features=config.cache_features,
-        workers=config.workers,
-        dtype=config.dtype,
-        gradient_checkpointing=config.gradient_checkpointing,
         trained=config.train.build(),
         loss=config.loss.build(),
     )

@@ -1,6 +1,6 @@
 """The verb `evaluate-reward`: whether a reward may be believed, for what, and where it is weakest.
 
-    evaluate-reward/report.json    the numbers, field by field those of `pipeline.assessment.Assessment`
+    evaluate-reward/report.json    the numbers, field by field those of `pipeline.assessing.assessment.Assessment`
     evaluate-reward/card.md        the same in short, to go with the reward model
     evaluate-reward/index.html     all of it with the pictures, as one page that opens offline
     evaluate-reward/cost.json      images a second and memory on this machine; no part of the artifact
@@ -21,12 +21,12 @@ import rewards
 from pipeline.assessing import material as sources
 from pipeline.assessing.assess import VERB, Job, assess, scored_pictures
 from pipeline.assessing.assessment import as_json
+from pipeline.assessing.settings import EvaluateRewardConfig
 from pipeline.assessing.trials import Cost
 from pipeline.judging import checkpoint_id, told
 from pipeline.loop import run_dir
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.report.words import percent, span
-from pipeline.rewarding import EvaluateRewardConfig
 from pipeline.runner import process_state, states
 from pipeline.settings import UserError
 from pipeline.stages import STAGES
@@ -50,7 +50,7 @@ def evaluate_reward(
     """Evaluate the reward model of a run, or the scores of a table, and write what was found.
 
     Args:
-        config: of the run; None for a table with scores.
+        config: of the run, whose model is evaluated; None for the scores that a table brings.
         table: of people's preferences, read by `reader` (see `rewards.readers`); None for the run's held-out pairs.
         split: of a table in several parts.
         to: the folder to write into, instead of one in the run's.
@@ -110,14 +110,14 @@ def _job(config: Any | None, table: str | Path | None, reader: str, split: str) 
         material = sources.of_run(config, inputs)
     else:
         material = sources.of_table(reader, Table(str(table), split), settings.pairs, settings.most_refused)
-        if not material.scored and config is None:
+        if config is not None:
+            _require(config, inputs, "reward")
+        elif not material.scored:
             raise UserError(
                 f"{material.source}: no score_a and score_b; name the CONFIG of a run whose model gives them"
             )
-        if not material.scored:
-            _require(config, inputs, "reward")
     device, model, loss = str(process_state().device), None, BradleyTerry()
-    if not material.scored:
+    if config is not None:
         model, loss = rewards.load_reward(inputs["reward"].folder / "model", device), trained_loss(inputs["reward"])
     return Job(config, settings, material, inputs, model, loss, device, Progress())
 

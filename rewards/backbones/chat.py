@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from rewards.backbones.base import HEAD, Parts, Picture, RewardModel, filled, mlp
+from rewards.backbones.processor import check_lengths
 from rewards.losses import Scores
 
 TEMPLATE = (
@@ -28,6 +29,8 @@ TEMPLATE = (
 )
 HIDDEN = (1024, 16)
 """Widths of the head's hidden layers, as in HPSv3's code."""
+
+_AT_ONCE = 32
 
 
 class ChatReward(RewardModel):
@@ -89,23 +92,8 @@ class ChatReward(RewardModel):
         return pixels
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        texts = [self._told(prompt) for prompt in prompts]
-        blank = Image.new("RGB", (self.size, self.size))
-        made = self.processor(
-            text=texts,
-            images=[[blank] for _ in texts],
-            padding="max_length",
-            max_length=self.length,
-            padding_side="right",
-            return_tensors=None,
-            return_attention_mask=True,
-        )
-        excess = [len(ids) for ids in made["input_ids"]]
-        for prompt, count in zip(prompts, excess, strict=True):
-            if count > self.length:
-                raise ValueError(f"prompt: {count} tokens, the reward model reads {self.length}: {prompt[:80]!r}")
-        found = {name: value for name, value in made.items() if name not in ("pixel_values", *self._layout)}
-        return {name: torch.as_tensor(np.asarray(value)) for name, value in found.items()}
+        parts = [self._tokens(prompts[start : start + _AT_ONCE]) for start in range(0, len(prompts), _AT_ONCE)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def score(self, features: Tensor, tokens: dict[str, Tensor]) -> Scores:
         layout = {name: filled(value, len(features)).to(features.device) for name, value in self._layout.items()}
@@ -131,6 +119,22 @@ class ChatReward(RewardModel):
 
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.network.model,)
+
+    def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Of a few: the processor makes pixels of a picture for every one of them."""
+        blank = Image.new("RGB", (self.size, self.size))
+        made = self.processor(
+            text=[self._told(prompt) for prompt in prompts],
+            images=[[blank] for _ in prompts],
+            padding="max_length",
+            max_length=self.length,
+            padding_side="right",
+            return_tensors=None,
+            return_attention_mask=True,
+        )
+        check_lengths(prompts, made["input_ids"], self.length)
+        found = {name: value for name, value in made.items() if name not in ("pixel_values", *self._layout)}
+        return {name: torch.as_tensor(np.asarray(value)) for name, value in found.items()}
 
     def _told(self, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": self.template.format(prompt)}]

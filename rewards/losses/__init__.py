@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rewards.losses.base import PairLoss, Scores
+from rewards.losses.base import PairLoss, Scores, joined
 from rewards.losses.gaussian import Gaussian, Thurstone
 from rewards.losses.logistic import BradleyTerry, Davidson, RaoKupper
 from rewards.losses.pointwise import Pointwise
@@ -27,6 +27,7 @@ __all__ = [
     "Scores",
     "Thurstone",
     "bradley_terry",
+    "joined",
     "make_loss",
 ]
 

@@ -42,9 +42,18 @@ class Scores:
             return [self]
         return [replace(self, mean=head, heads=None) for head in self.heads.unbind(1)]
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Scores":
+        return Scores(**{name: None if part is None else part.to(device, dtype) for name, part in vars(self).items()})
+
     def __getitem__(self, rows: Sequence[int] | slice) -> "Scores":
         """Those of some of the images, or of images that stand in several rows."""
         return Scores(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several batches as one; each must know the same of its images."""
+    known = [name for name, value in vars(parts[0]).items() if value is not None]
+    return Scores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in known})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,10 @@
 """Where a reward is good and where it is not: the same number on parts of a table."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from rewards.metrics.intervals import Estimate
 
@@ -67,9 +66,9 @@ def length(prompts: Sequence[str]) -> list[str]:
     return [ranges[place] for place in np.searchsorted(_LENGTHS, counts, side="left")]
 
 
-def truncated(tokens: ArrayLike, limit: int) -> list[str]:
-    """Whether each prompt of so many `tokens` is read to its end, or `cut` at `limit`."""
-    return ["cut" if count > limit else "whole" for count in np.asarray(tokens)]
+def truncated(cut: Iterable[bool]) -> list[str]:
+    """Whether each prompt is read to its end, or was `cut` before."""
+    return ["cut" if before else "whole" for before in cut]
 
 
 def negation(prompts: Sequence[str]) -> list[str]:
