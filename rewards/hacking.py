@@ -75,11 +75,17 @@ def heldout_gap(
 
 
 def judge_divergence(reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured) -> Signal:
-    """By how much more the reward rose than the judge on the same images, each in standard deviations of the base
-    model's images."""
-    apart = _standardised(reward, base_reward) - _standardised(judge, base_judge)
-    base_apart = _standardised(base_reward, base_reward) - _standardised(base_judge, base_judge)
-    means, base = Measured(apart, reward.prompts).means, Measured(base_apart, base_reward.prompts).means
+    """By how much the judge stays behind what the reward's rise lets expect of it on the same images, in standard
+    deviations of the base model's images.
+
+    Expected is the regression of judge on reward over these: of a reward that knows the judge with correlation r, the
+    judge follows a rise by r times as many standard deviations, and an honest run should not be blamed for the rest.
+    """
+    of_base = _standardised(base_reward, base_reward), _standardised(base_judge, base_judge)
+    slope = max(0.0, float(np.nanmean(of_base[0] * of_base[1])))
+    apart = slope * _standardised(reward, base_reward) - _standardised(judge, base_judge)
+    means = Measured(apart, reward.prompts).means
+    base = Measured(slope * of_base[0] - of_base[1], base_reward.prompts).means
     return _signal("judge_divergence", _rise(means, base), _null_rise((means, base), 0), base)
 
 

@@ -58,6 +58,25 @@ def test_reward_and_judge_may_rise_together_and_not_apart(rng):
     assert judge_divergence(*both(rng, 0, 2), *base).status == "ok"
 
 
+def test_an_honest_reward_that_errs_is_not_blamed_for_the_judges_regression(rng):
+    """The best of many pictures by such a reward are better by the judge too, but not by as much."""
+
+    def pictures(best_of: int) -> tuple[Measured, Measured]:
+        judge = rng.normal(size=(80, 8, best_of))
+        reward = judge + 0.7 * rng.normal(size=judge.shape)
+        best = reward.argmax(axis=2)[..., None]
+        prompts = np.repeat(np.arange(80), 8)
+        return tuple(Measured(np.take_along_axis(one, best, 2).ravel(), prompts) for one in (reward, judge))
+
+    base, chosen = pictures(1), pictures(16)
+    rises = [
+        (best.values.mean() - one.values.mean()) / one.values.std() for best, one in zip(chosen, base, strict=True)
+    ]
+    found = judge_divergence(*chosen, *base)
+    assert rises[0] - rises[1] > 2 * found.threshold
+    assert found.status == "ok"
+
+
 def test_disagreement_about_siblings_is_heard(rng):
     base = both(rng)
     assert judge_disagreement(*both(rng), *base).status == "ok"

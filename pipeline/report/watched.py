@@ -15,7 +15,9 @@ class _Sign:
 
 _SIGNS = {
     "heldout_gap": _Sign("held-out gap", "reward rose more on prompts that are trained on than on others"),
-    "judge_divergence": _Sign("judge divergence", "reward rose more than the judge, in standard deviations"),
+    "judge_divergence": _Sign(
+        "judge divergence", "deviations by which the judge rose less than the reward lets expect"
+    ),
     "judge_disagreement": _Sign("judge disagreement", "1 − correlation of reward and judge among siblings"),
     "kl_frontier": _Sign("KL frontier", "nats by which the judge fell behind an earlier check at no greater KL"),
     "diversity_loss": _Sign("diversity loss", "share by which siblings came closer to each other"),
