@@ -18,6 +18,9 @@ from rewards.shortcuts import NAMES
 
 QUANTILE = 0.99
 
+LEAST_FOLLOWED = 0.5
+"""Of a rise of the reward the judge is expected to follow at least this share, in standard deviations."""
+
 STOPPING = ("heldout_gap", "judge_divergence", "diversity_loss", "kl_frontier")
 """What can stop a run. The other signals warn: better pictures have other pixels too, and a reward and a judge agree
 less on siblings that have become equally good."""
@@ -79,10 +82,11 @@ def judge_divergence(reward: Measured, judge: Measured, base_reward: Measured, b
     deviations of the base model's images.
 
     Expected is the regression of judge on reward over these: of a reward that knows the judge with correlation r, the
-    judge follows a rise by r times as many standard deviations, and an honest run should not be blamed for the rest.
+    judge follows a rise by r times as many standard deviations, and an honest run should not be blamed for the rest. A
+    reward with a lower correlation than `LEAST_FOLLOWED` is not excused by it.
     """
     of_base = _standardised(base_reward, base_reward), _standardised(base_judge, base_judge)
-    slope = max(0.0, float(np.nanmean(of_base[0] * of_base[1])))
+    slope = max(LEAST_FOLLOWED, float(np.nanmean(of_base[0] * of_base[1])))
     apart = slope * _standardised(reward, base_reward) - _standardised(judge, base_judge)
     means = Measured(apart, reward.prompts).means
     base = Measured(slope * of_base[0] - of_base[1], base_reward.prompts).means

@@ -240,7 +240,7 @@ class Eye:
         return [SimpleNamespace(margin=float(self.function(image)), valid=True) for image in images]
 
 
-BLIND = Eye(lambda image: image.std() / 10)
+LIKES_DARKNESS = Eye(lambda image: -20 * statistics(image).brightness)
 AGREES = Eye(lambda image: 20 * statistics(image).brightness)
 
 
@@ -263,7 +263,7 @@ def tune(config_at, folder):
 
 @pytest.fixture(scope="module")
 def hacked(tune):
-    return tune("hacked", BLIND)
+    return tune("hacked", LIKES_DARKNESS)
 
 
 def told(artifact):
@@ -295,7 +295,9 @@ def test_checks_are_rows_for_others_to_measure_on(hacked):
         mine = rows.filter(lambda row, at=one["iteration"]: row["iteration"] == at)
         assert set(mine["kl"]) == {np.float32(one["kl"])}
         assert np.mean(mine["reward"]) == pytest.approx(one["reward"], abs=1e-6)
-        assert mine["judge"] == pytest.approx([np.asarray(image).std() / 10 for image in mine["image"]], abs=1e-5)
+        assert mine["judge"] == pytest.approx(
+            [LIKES_DARKNESS.function(np.asarray(image)) for image in mine["image"]], abs=1e-5
+        )
 
 
 def test_a_run_whose_judge_agrees_goes_on_to_the_end(tune):
@@ -308,7 +310,7 @@ def test_a_run_whose_judge_agrees_goes_on_to_the_end(tune):
 
 
 def test_another_algorithm_is_watched_alike(tune):
-    found = tune("forward", BLIND, algorithm={"type": "nft"})
+    found = tune("forward", LIKES_DARKNESS, algorithm={"type": "nft"})
     assert told(found)["stopped"]
 
 
@@ -342,14 +344,14 @@ def test_a_run_that_was_cut_off_goes_on_to_the_byte(tune, hacked, module, name, 
     run = f"cut-{name}-{count}"
     monkeypatch.setattr(module, name, killed_at(module, name, count))
     with pytest.raises(Killed):
-        tune(run, BLIND)
+        tune(run, LIKES_DARKNESS)
     monkeypatch.undo()
-    found = tune(run, BLIND)
+    found = tune(run, LIKES_DARKNESS)
     assert {n: r.sha256 for n, r in found.files.items()} == {n: r.sha256 for n, r in hacked.files.items()}
 
 
 def test_without_a_watch_nothing_is_checked(tune):
-    found = tune("blind", BLIND, watch=None, iterations=1)
+    found = tune("blind", LIKES_DARKNESS, watch=None, iterations=1)
     assert not {"signals.json", "checks-00000.parquet"} & set(found.files)
 
 
@@ -379,4 +381,4 @@ def test_a_judge_out_of_reach_stops_the_run_resumably(tune):
 
     with pytest.raises(Interrupted):
         tune("away", Away(), iterations=1)
-    assert told(tune("away", BLIND, iterations=1))["kept"] == 1
+    assert told(tune("away", LIKES_DARKNESS, iterations=1))["kept"] == 1

@@ -77,6 +77,11 @@ def test_an_honest_reward_that_errs_is_not_blamed_for_the_judges_regression(rng)
     assert found.status == "ok"
 
 
+def test_a_reward_that_never_knew_the_judge_is_not_excused(rng):
+    base, tuned = ((seen(rng, rise=rise), seen(rng)) for rise in (0, 3))
+    assert judge_divergence(*tuned, *base).status == "alarm"
+
+
 def test_disagreement_about_siblings_is_heard(rng):
     base = both(rng)
     assert judge_disagreement(*both(rng), *base).status == "ok"
