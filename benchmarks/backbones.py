@@ -109,15 +109,14 @@ def speeds(path: str, overrides: Sequence[str]) -> dict[str, float]:
         config = load(Config, path, [*overrides, f"reward.backbone={json.dumps(backbone)}"])
         reward = ModelReward(config.reward.untrained(0))
         rated[name] = partial(reward.scores, images, prompts)
-    rated["latent, of latents"] = _of_latents(reward, np.stack(images), prompts)
+    rated["latent, of latents"] = _of_latents(reward, images, prompts)
     rounds = [{name: _seconds(rate) for name, rate in rated.items()} for _ in range(ROUNDS)]
     return {name: RATED / min(spent[name] for spent in rounds) for name in rated}
 
 
 @torch.inference_mode()
-def _of_latents(reward: ModelReward, images: np.ndarray, prompts: Sequence[str]) -> Callable[[], object]:
-    generator = reward.model.generator
-    latents, cond = generator.latents(images), generator.encode(prompts)
+def _of_latents(reward: ModelReward, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Callable[[], object]:
+    latents, cond = reward.model.look(reward.model.pixels(images)), reward.model.generator.encode(prompts)
 
     @torch.inference_mode()
     def rate() -> None:
