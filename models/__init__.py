@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submodules=["lora"],
     submod_attrs={
         "generator": ["Conditioning", "Generator", "NativeGenerator", "load_generator", "sample"],
+        "inversion": ["invert"],
         "keys": ["sample_key"],
     },
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from models import lora as adapters
-from models.codec import Codec, to_images
+from models.codec import Codec, to_images, to_pixels
 from models.mmdit import MMDiT
 from models.paths import schedule
 from models.samplers import keyed_noise, ode
@@ -40,6 +40,11 @@ class Conditioning:
         """Each row `count` times in a row."""
         return replace(self, tokens=self.tokens.repeat_interleave(count, 0))
 
+    @staticmethod
+    def joined(parts: "Sequence[Conditioning]") -> "Conditioning":
+        """The rows of all, one after another."""
+        return replace(parts[0], tokens=torch.cat([part.tokens for part in parts]))
+
 
 class Generator(Protocol):
     """The contract; times run from 1 (noise) to 0 (data) on the path of `models.paths`."""
@@ -49,9 +54,14 @@ class Generator(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, ...]: ...
+    @property
+    def feature_width(self) -> int: ...
     def encode(self, prompts: Sequence[str]) -> Conditioning: ...
     def predict(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor: ...
+    def features(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor: ...
+    def pixels(self, latents: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> np.ndarray: ...
+    def latents(self, images: np.ndarray) -> Tensor: ...
 
 
 class NativeGenerator:
@@ -110,15 +120,42 @@ class NativeGenerator:
         times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
         return self.transformer(x_t, times, cond.tokens)
 
+    @property
+    def feature_width(self) -> int:
+        return self.transformer.config.width
+
+    def features(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """What the network makes of `x_t` at `t`, a float or (B,), for a small head to read: (B, 2, `feature_width`).
+
+        The mean of the normalised image tokens after the last block, and the time and text that modulated them.
+        """
+        times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
+        tokens, modulation = self.transformer.hidden(x_t, times, cond.tokens)  # (B, N, W), (B, W)
+        return torch.stack([self.transformer.norm_out(tokens).mean(1), modulation], 1)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What `decode` rounds to pictures: (B, 3, H, W) in [-1, 1], with a gradient."""
+        return self.codec.decode(latents).clamp(-1, 1)
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Pictures: uint8 (B, H, W, 3)."""
         return to_images(self.codec.decode(latents))
 
+    @torch.no_grad()
+    def latents(self, images: np.ndarray) -> Tensor:
+        """Latents (B, C, S, S) of pictures, uint8 (B, H, W, 3)."""
+        return self.codec.encode(to_pixels(images).to(self.device))
+
 
 def load_generator(folder: str | Path, lora: str | Path | None = None, device: str = "cpu") -> NativeGenerator:
-    """A generator ready to sample from, with the LoRA in the folder `lora` merged into its weights if given."""
+    """A generator ready to sample from, with the LoRA in the folder `lora` merged into its weights if given.
+
+    Where `lora` holds a whole transformer, it takes the place of the generator's.
+    """
     generator = NativeGenerator.from_pretrained(folder).to(device)
-    if lora is not None:
+    if lora is not None and (Path(lora) / "config.json").is_file():
+        generator.transformer = MMDiT.from_pretrained(lora).eval().requires_grad_(False).to(device)
+    elif lora is not None:
         generator.transformer.load_lora_adapter(lora, weight_name=adapters.WEIGHTS, prefix=None)
         generator.transformer.fuse_lora()
         generator.transformer.unload_lora()

@@ -80,6 +80,8 @@ class Block(nn.Module):
 class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity of latents (B, C, S, S) at times (B,) in [0, 1] under text tokens (B, L, W_text)."""
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -105,6 +107,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         angles = axial_rope(grid_ids(cells, cells), width // heads)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self.gradient_checkpointing = False
         self._zero_init()
 
     def _zero_init(self) -> None:
@@ -122,7 +125,11 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         c = F.silu(time + self.pooled_in(text.mean(1)))  # (B, W)
         y = self.text_in(text)  # (B, L, W)
         for block in self.blocks:
-            x, y = block(x, y, c, self.cos, self.sin)
+            asked = (x, y, c, self.cos, self.sin)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, y = self._gradient_checkpointing_func(block, *asked)
+            else:
+                x, y = block(*asked)
         return x, c
 
     def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:

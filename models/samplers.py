@@ -50,11 +50,21 @@ def cps(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor | 
     return _drawn((1 - s) * x0 + math.sqrt(s * s - std * std) * eps, std, noise)
 
 
+def dance(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor | None) -> Step:
+    """Euler-Maruyama's step of the SDE whose diffusion is `eta` at all times (DanceGRPO, 2505.07818, equation 8).
+
+    The score of the marginal at t is -eps / t, with the noise eps that the velocity points to.
+    """
+    dt = s - t
+    _, eps = endpoints(x_t, v, t)
+    return _drawn(x_t + v * dt + eps * (eta * eta * dt / (2 * t)), eta * math.sqrt(-dt), noise)
+
+
 def _drawn(mean: Tensor, std: float, noise: Tensor | None) -> Step:
     return Step(mean, std, mean if noise is None or std == 0 else mean + std * noise)
 
 
-SAMPLERS: dict[str, Sampler] = {"ode": ode, "sde": sde, "cps": cps}
+SAMPLERS: dict[str, Sampler] = {"ode": ode, "sde": sde, "dance": dance, "cps": cps}
 
 
 def log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submodules=["metrics"],
     submod_attrs={
         "backbones": [
+            "BACKBONES",
             "ChatReward",
             "ClipReward",
             "Frozen",

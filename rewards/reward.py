@@ -85,6 +85,11 @@ class ModelReward:
         """The values read from `scores`, which raises the same errors."""
         return Rewards.of((self.reading(self.scores(images, prompts)) / self.temperature).numpy())
 
+    def value(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The values (B,) of what the model's tower gave of pictures, with a gradient; the batch is taken as it is."""
+        tokens = {name: rows.to(features.device) for name, rows in self.encoded(prompts).items()}
+        return self.reading(self.model.score(features, tokens)).float() / self.temperature
+
     @torch.inference_mode()
     def scores(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
         """Scores (B,) in fp32 on the CPU.
@@ -97,7 +102,7 @@ class ModelReward:
             raise ValueError(f"prompts: {len(prompts)} for {len(images)} images")
         if not len(images):
             return Scores(torch.empty(0))
-        tokens = self._encoded(prompts)
+        tokens = self.encoded(prompts)
         found: list[Scores] = []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
@@ -109,7 +114,7 @@ class ModelReward:
     def _filled(self, rows: Tensor) -> Tensor:
         return filled(rows, self.batch).to(self.model.device)
 
-    def _encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What the model reads of prompts (B, L, ...); an RL run asks for the same ones again and again."""
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._tokens]:
             found = self.model.tokens(new)

@@ -16,7 +16,7 @@ from models.mmdit import MMDiT
 from models.paths import endpoints, noised, schedule, velocity
 from models.positions import axial_rope, grid_ids, rotate
 from models.pretrain import flow_matching_loss, new_generator
-from models.samplers import SAMPLERS, cps, gaussian_kl, keyed_noise, log_prob, ode, sde
+from models.samplers import SAMPLERS, cps, dance, gaussian_kl, keyed_noise, log_prob, ode, sde
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_euler_steps_are_those_of_diffusers(flow):
     assert torch.allclose(mine, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sde", "cps"])
+@pytest.mark.parametrize("name", ["sde", "dance", "cps"])
 @pytest.mark.parametrize("t", [1.0, 0.6])
 def test_without_eta_every_sampler_is_the_ode(flow, name, t):
     x0, noise = flow
@@ -80,12 +80,12 @@ def test_without_eta_every_sampler_is_the_ode(flow, name, t):
     assert found.std == 0
 
 
-def test_cps_keeps_the_marginal_exactly_and_sde_in_the_limit():
+def test_cps_keeps_the_marginal_exactly_and_the_sdes_in_the_limit():
     """With the true velocity of one datum, x_s must be (1 - s) x0 + s eps with eps standard normal."""
     x0 = torch.full((200_000, 1), 0.7)
     random = torch.Generator().manual_seed(0)
     noise, fresh = (torch.randn(x0.shape, generator=random) for _ in range(2))
-    for sampler, t, s in ((cps, 0.9, 0.5), (sde, 0.52, 0.5)):
+    for sampler, t, s in ((cps, 0.9, 0.5), (sde, 0.52, 0.5), (dance, 0.52, 0.5)):
         x = noised(x0, noise, t)
         exact = (x - x0) / t
         x_s = sampler(x, exact, t, s, 0.7, fresh).x
@@ -102,6 +102,16 @@ def test_flow_grpo_step_against_its_formula_written_out(flow):
     found = sde(x, v, t, s, eta, None)
     assert torch.allclose(found.mean, x + drift * (s - t), atol=1e-5)
     assert found.std == pytest.approx(math.sqrt(g2 * (t - s)))
+
+
+@pytest.mark.parametrize("t", [1.0, 0.8])
+def test_dance_step_against_its_formula_written_out(flow, t):
+    x, v = flow
+    s, eta = 0.7, 0.5
+    score = -(x - (1 - t) * (x - t * v)) / t**2
+    found = dance(x, v, t, s, eta, None)
+    assert torch.allclose(found.mean, x + (v - 0.5 * eta**2 * score) * (s - t), atol=1e-5)
+    assert found.std == pytest.approx(eta * math.sqrt(t - s))
 
 
 def test_log_prob_is_the_gaussian_of_torch_averaged(flow):

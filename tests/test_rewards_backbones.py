@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from judges.scorers import ClipJudge
+from models.codec import to_pixels
 from models.generator import NativeGenerator
 from models.paths import noised
 from models.text import word_tokenizer
@@ -517,6 +518,17 @@ def test_length_is_the_models_where_the_tokenizer_has_none(itm_folder, tmp_path)
 def test_pixels_are_normalised(build, images):
     expected = torch.from_numpy(images[0]).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(build("qformer").pixels(images[:1])[0], expected)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "chat"])
+def test_values_of_pictures_are_read_as_pictures_are(build, images, name):
+    model = build(name)
+    assert model.differentiable
+    torch.testing.assert_close(model.read(to_pixels(np.stack(images))), model.pixels(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_chat_model_gives_no_gradient(build):
+    assert not build("chat").differentiable
 
 
 def test_filled_repeats_the_first_row():

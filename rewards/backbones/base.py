@@ -51,15 +51,21 @@ class RewardModel(nn.Module, ABC):
 
     Attributes:
         kind: names the backbone in `reward.json`.
+        differentiable: whether `read` gives what `pixels` does, with a gradient.
         tokenizer: that of the prompts.
     """
 
     kind: ClassVar[str]
+    differentiable: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
 
     @abstractmethod
     def pixels(self, images: Sequence[Picture]) -> Tensor:
         """What the tower reads of B pictures (B, ...), in fp32 on the CPU. Raises ValueError for a wrong size."""
+
+    def read(self, pictures: Tensor) -> Tensor:
+        """What `pixels` makes of pictures, of their values (B, 3, H, W) in [-1, 1], with a gradient."""
+        raise NotImplementedError
 
     @abstractmethod
     def look(self, pixels: Tensor) -> Tensor:

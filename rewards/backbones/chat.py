@@ -51,6 +51,7 @@ class ChatReward(RewardModel):
     """
 
     kind = "chat"
+    differentiable = False
 
     def __init__(
         self,

@@ -92,6 +92,9 @@ class ClipReward(RewardModel):
     def pixels(self, images: Sequence[Picture]) -> Tensor:
         return self.processor.pixels(images, self.network.config.vision_config.image_size)
 
+    def read(self, pictures: Tensor) -> Tensor:
+        return self.processor.read(pictures)
+
     def look(self, pixels: Tensor) -> Tensor:
         """CLIP's pooled features (B, D), or SigLIP's (B, N, D) before its attention pooling, which is a new layer."""
         seen = self.network.vision_model(pixel_values=pixels)

@@ -74,6 +74,9 @@ class LatentReward(RewardModel):
                 raise ValueError(f"image: {width} x {height} pixels, the reward model reads {side} x {side}")
         return to_pixels(np.stack(pictures))
 
+    def read(self, pictures: Tensor) -> Tensor:
+        return pictures
+
     def look(self, pixels: Tensor) -> Tensor:
         """Latents (B, C, S, S)."""
         return self.codec.encode(pixels)

@@ -99,6 +99,9 @@ class QFormerReward(RewardModel):
     def pixels(self, images: Sequence[Picture]) -> Tensor:
         return self.processor.pixels(images, self.network.config.vision_config.image_size)
 
+    def read(self, pictures: Tensor) -> Tensor:
+        return self.processor.read(pictures)
+
     def look(self, pixels: Tensor) -> Tensor:
         return self.network.vision_model(pixel_values=pixels).last_hidden_state
 

@@ -1,0 +1,61 @@
+"""The reward as a function of latents that a gradient passes through, for algorithms that follow it.
+
+A reward model reads decoded pictures as floats, before they are rounded to 256 levels; its frozen weights take part
+with their derivative. A latent reward whose codec is the generator's reads the latents themselves, and nothing is
+decoded.
+
+Shapes: B latents, M terms of a mixture.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.generator import NativeGenerator
+from rewards.backbones import LatentReward
+from rewards.mixture import Mixture
+from rewards.reward import ModelReward
+
+
+class Gradient:
+    """The weighted sum of the terms of `mixture`, as they are, of what `generator` paints.
+
+    Raises:
+        ValueError: a term has no gradient, or reads pictures in a way that passes none; the message begins
+            with `reward`.
+    """
+
+    def __init__(self, mixture: Mixture, generator: NativeGenerator):
+        for term in mixture.terms:
+            if not isinstance(term.reward, ModelReward) or not term.reward.model.differentiable:
+                raise ValueError(
+                    f"reward: {term.name} has no gradient; take a reward model that reads pixels or latents"
+                )
+        self.terms, self.generator = mixture.terms, generator
+        self._blank()
+
+    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Values (B,) of `latents` (B, ...), each under its prompt."""
+        return sum(term.weight * self._value(term.reward, latents, prompts) for term in self.terms)
+
+    def _value(self, reward: ModelReward, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        model = reward.model
+        if isinstance(model, LatentReward) and _same(model.codec.state_dict(), self.generator.codec.state_dict()):
+            return reward.value(latents, prompts)
+        return reward.value(model.look(model.read(self.generator.pixels(latents))), prompts)
+
+    @torch.no_grad()
+    def _blank(self) -> None:
+        """Have every model read a picture once, so that one that cannot says so now."""
+        device = next(self.generator.transformer.parameters()).device
+        pixels = self.generator.pixels(torch.zeros(1, *self.generator.latent_shape, device=device))
+        for term in self.terms:
+            try:
+                term.reward.model.look(term.reward.model.read(pixels))
+            except ValueError as error:
+                raise ValueError(f"reward: {term.name}: {error}") from None
+
+
+def _same(codec: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return codec.keys() == other.keys() and all(torch.equal(codec[name], other[name]) for name in codec)
