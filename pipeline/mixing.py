@@ -6,7 +6,7 @@ RLAIF), a `rule` on pixels, or the `gold` oracle of the embedded world, which is
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -26,6 +26,7 @@ class RewardTerm(Section):
 
     type: str
     weight: float = 1.0
+    has_gradient: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -46,8 +47,13 @@ class ReadTerm(RewardTerm):
         coefficient: standard deviations that `penalised` subtracts.
     """
 
+    has_gradient: ClassVar[bool] = True
     reading: Literal["mean", "worst", "penalised"] = "mean"
     coefficient: float = Field(1.0, ge=0)
+
+    def backbone(self, model: RewardConfig) -> str:
+        """The type of its backbone, where the run's reward model is `model`."""
+        raise NotImplementedError
 
     def loaded(self, context: Context, folder: Path, temperature: float) -> "rewards.ModelReward":
         """The reward model in `folder`, compiled where finetune.compile says so."""
@@ -81,6 +87,9 @@ class ModelTerm(ReadTerm):
 
     type: Literal["model"]
     temperature: Literal["fitted"] | Annotated[float, Field(gt=0)] = 1.0
+
+    def backbone(self, model: RewardConfig) -> str:
+        return model.backbone.type
 
     def build(self, context: Context) -> "rewards.ModelReward":
         source = context.inputs["reward"]
@@ -116,6 +125,10 @@ class CheckpointTerm(ReadTerm):
         if not (Path(self.path) / "reward.json").is_file():
             raise UserError(f"finetune.reward: {self.path} holds no reward model (no reward.json in it)")
         return {"path": hash_path(self.path)}
+
+    def backbone(self, model: RewardConfig) -> str:
+        self.depends()
+        return json.loads((Path(self.path) / "reward.json").read_text(encoding="utf-8"))["type"]
 
     def build(self, context: Context) -> "rewards.ModelReward":
         return self.loaded(context, Path(self.path), self.temperature)
@@ -187,11 +200,30 @@ class MixtureConfig(Section):
     def depends(self) -> list[dict[str, Any]]:
         return [term.depends() for term in self.terms]
 
-    def check(self, model: RewardConfig) -> None:
-        """Raises UserError where a term reads what the run's reward model will not have."""
+    def check(self, model: RewardConfig, followed: bool = False) -> None:
+        """Raises UserError where a term reads what the run's reward model will not have, or, its gradient being
+        `followed`, has a backbone that gives none."""
         for term in self.terms:
             if isinstance(term, ModelTerm):
                 term.check(model.ensemble.heads, model.loss.type == "gaussian", "the run's reward model")
+            if followed and not rewards.BACKBONES[kind := term.backbone(model)].differentiable:
+                raise UserError(
+                    f"finetune.reward: {term.name} is a {kind} model, which gives no gradient of a picture; take "
+                    "another backbone, or another finetune.algorithm"
+                )
+
+    def check_gradient(self, algorithm: str) -> None:
+        """Raises ValueError where `algorithm`, which follows the reward's gradient, finds none."""
+        for term in self.terms:
+            if not term.has_gradient:
+                raise ValueError(
+                    f"reward: {algorithm} follows the gradient of the reward, and {term.name} has none; take model or "
+                    "a checkpoint"
+                )
+        if self.combine != "rewards" or self.normalise != "none":
+            raise ValueError(
+                f"reward: {algorithm} follows the terms as they are; set combine to rewards and normalise to none"
+            )
 
     def build(self, context: Context) -> "rewards.Mixture":
         terms = tuple(rewards.Term(term.name, term.build(context), term.weight) for term in self.terms)

@@ -117,7 +117,15 @@ def process_state() -> PartialState:
     """Which process this is, of how many, on which device.
 
     PartialState takes the processes of a launch on CPUs for lone ones unless it is told that it is on CPUs.
+
+    Raises:
+        UserError: `accelerate launch` was asked for several processes, and has quietly started one.
     """
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch: several processes were asked for, and one was started; on CPUs launch with "
+            "--config_file configs/accelerate/cpu2.yaml, in which num_processes is theirs"
+        )
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     return PartialState(cpu=asked or not torch.accelerator.is_available())
 

@@ -14,7 +14,7 @@ import pipeline
 from pipeline.store import Artifact, read_rows
 
 HOME = Path(__file__).parent.parent
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu-2.yaml")]
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
 
 
 def launch(command: list[str], **env: str) -> None:

@@ -173,7 +173,7 @@ def transition_of(generator):
 
 
 def with_gains(t, gains):
-    return Steps(t.x_t, t.t, t.prompt, t.s, t.x_s, t.old, gains)
+    return Steps(t.x_t, t.t, t.prompt, t.s, t.x_s, t.old, gains, t.mean)
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_the_log_probability(generator):
@@ -336,8 +336,8 @@ def test_without_any_reward_it_stops_and_nothing_has_moved(generator):
 
 
 def test_groups_that_cannot_be_shared_out_are_an_error(generator):
-    with pytest.raises(UserError, match=r"finetune\.groups"):
-        trainer_of(generator, groups=3, updates=2)
+    with pytest.raises(ValueError, match="updates: 3 cannot share 2 groups"):
+        trainer_of(generator, groups=2, updates=3)
 
 
 def test_prompt_ids_key_the_text():

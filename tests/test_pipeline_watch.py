@@ -139,7 +139,9 @@ def test_the_kl_of_two_gaussians(steps):
     every = [Wanted(PromptRow(str(n), ""), n, k, True) for n in range(400) for k in range(siblings)]
     latents = 0.5 + torch.randn(len(every), dimensions, generator=torch.Generator().manual_seed(0))
     fake = SimpleNamespace(
-        generator=generator, tuned=generator, settings=SimpleNamespace(steps=steps, shift=1.0, batch=1000)
+        generator=generator,
+        reference=lambda: lora.reference(generator),
+        settings=SimpleNamespace(steps=steps, shift=1.0, batch=1000),
     )
     cond = Conditioning(torch.zeros(len(every), 1, 1))
     found = np.mean(list(divergences(fake, latents, cond, every, 0, siblings)))

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import lora
 from models.generator import Conditioning
 from models.keys import sample_key
 from models.paths import noised, schedule
@@ -140,7 +139,7 @@ def divergences(
     for rows in torch.arange(len(held), device=t.device).split(settings.batch):
         asked = x_t[rows], t[rows], cond[rows]
         policy = trainer.generator.predict(*asked)
-        with lora.reference(trainer.tuned):
+        with trainer.reference():
             away = (policy - trainer.generator.predict(*asked)).double()
         yield from ((1 - least) * (1 - t[rows]) / t[rows] * away.square().flatten(1).sum(1)).tolist()
 

@@ -18,23 +18,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from models.keys import sample_key
-from models.paths import endpoints, noised
-from models.samplers import keyed_noise
-from pipeline.rl.advantage import Advantages, group_advantages
-from pipeline.rl.algorithm import Examples, Loss, Velocities
+from models.paths import endpoints
+from pipeline.rl.advantage import Advantages, Scale, group_advantages
+from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities
+from pipeline.rl.forward import forward_draws
 from pipeline.rl.rollout import Plan, Rollout
-from pipeline.settings import Section
+from pipeline.rl.settings import AlgorithmSettings
 
 
-class NFTConfig(Section):
+class NFTConfig(AlgorithmSettings):
     """`draws` noisy copies of each picture, at times spread evenly; `kl` weighs |v - v_ref|^2."""
 
     type: Literal["nft"] = "nft"
     beta: float = Field(1.0, gt=0)
     draws: int = Field(2, ge=1)
     kl: float = Field(1e-4, ge=0)
-    advantage_scale: Literal["group", "global"] = "global"
+    advantage_scale: Scale = "global"
     advantage_limit: float = Field(5.0, gt=0)
 
 
@@ -46,7 +45,7 @@ class Forward(Examples):
     r: Tensor
 
 
-class NFT:
+class NFT(Algorithm):
     """The algorithm as the trainer sees it."""
 
     needs_old = True
@@ -64,17 +63,9 @@ class NFT:
     def examples(
         self, rollout: Rollout, advantages_PK: Tensor, ids: Sequence[str], seed: Sequence[str | int]
     ) -> Sequence[Forward]:
-        x0, device = rollout.latents, rollout.latents.device
-        prompts, siblings = advantages_PK.shape
-        owner = torch.arange(prompts, device=device).repeat_interleave(siblings)
-        r = 0.5 + advantages_PK.flatten() / (2 * self.config.advantage_limit)
-        sets = []
-        for draw in range(self.config.draws):
-            keys = [sample_key(*seed, i, k, "draw", draw) for i in ids for k in range(siblings)]
-            uniform = torch.tensor([key / 2**63 for key in keys], device=device)
-            t = ((draw + uniform) / self.config.draws).clamp(0.02, 0.98)
-            sets.append(Forward(noised(x0, keyed_noise(keys, x0.shape[1:], device), t), t, owner, x0, r))
-        return sets
+        x0, r = rollout.latents, 0.5 + advantages_PK.flatten() / (2 * self.config.advantage_limit)
+        draws = forward_draws(x0, ids, rollout.plan.numbers, self.config.draws, seed)
+        return [Forward(draw.x_t, draw.t, draw.prompt, x0, r) for draw in draws]
 
     def loss(self, examples: Forward, v: Velocities) -> Loss:
         beta = self.config.beta

@@ -1,10 +1,29 @@
 """The settings of the trainer, whatever the algorithm, of the watch over it, and of refreshing its reward."""
 
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.settings import Section
+
+
+class AlgorithmSettings(Section):
+    """What the settings of every algorithm have, beside their `type` and their own knobs.
+
+    Attributes:
+        follows_reward: whether it takes the gradient of the reward, which must then have one.
+    """
+
+    type: str
+    follows_reward: ClassVar[bool] = False
+
+    @property
+    def offline(self) -> bool:
+        """Whether it learns from the run's preference pairs, and not from what the policy paints."""
+        return False
+
+    def check(self, steps: int, siblings: int) -> None:
+        """Raises ValueError where a path of so many steps, or a group of so many siblings, has no room for it."""
 
 
 class LoraSettings(Section):
@@ -20,17 +39,27 @@ class TrainerSettings(Section):
     Attributes:
         groups: prompts an iteration, over all processes.
         group_size: pictures of each.
-        updates: optimiser steps an iteration, each on an equal share of the groups.
+        redraws: how often, at most, the groups of an iteration that have no signal are made up for by groups of other
+            prompts (dynamic sampling; DAPO, 2503.14476, section 3.2).
+        updates: optimiser steps an iteration, each on a share of the groups, equal ones where they divide.
         steps: network calls a picture; `shift` spends more of them near the noise.
         decay: share of the iterations, at the end, over which the learning rate falls to 0.
-        average: decay of the moving average of the adapter, which is what is kept in the end.
+        average: decay of the moving average of the weights that are trained, which is what is kept in the end.
+        lora: the adapter that is trained, or null to train the whole transformer.
+        keep_base: of a transformer that is trained as a whole keep a frozen copy, for whatever measures how far it has
+            come; an adapter is switched off instead.
+        dtype: in which the transformer computes, by autocast; weights, log-probabilities and losses are float32.
+        gradient_checkpointing: compute the transformer's blocks once more for the gradient rather than keep them.
         batch: pictures a network call.
+        overlap: lots in which the groups of an iteration are rolled out; one is rated while the next is rolled out,
+            which pays where a server is the judge.
         compile: torch.compile what runs in rollouts, where this machine can; pays on runs of minutes.
     """
 
     iterations: int = Field(100, ge=1)
     groups: int = Field(32, ge=1)
     group_size: int = Field(16, ge=2)
+    redraws: int = Field(0, ge=0)
     updates: int = Field(1, ge=1)
     steps: int = Field(8, ge=1)
     shift: float = Field(1.0, gt=0)
@@ -39,9 +68,21 @@ class TrainerSettings(Section):
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     average: float = Field(0.9, ge=0, lt=1)
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings | None = LoraSettings()
+    keep_base: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
     batch: int = Field(256, ge=1)
+    overlap: int = Field(1, ge=1)
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _every_update_has_a_group(self) -> Self:
+        if self.updates > self.groups:
+            raise ValueError(
+                f"updates: {self.updates} cannot share {self.groups} groups; make it {self.groups} or less"
+            )
+        return self
 
 
 class RefreshSettings(Section):

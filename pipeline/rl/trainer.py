@@ -6,25 +6,33 @@ function of its number and of that state, because all noise is keyed by (seed, i
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from models import lora
 from models.generator import Conditioning, NativeGenerator
 from pipeline.compiling import compile_module
+from pipeline.judging import told
 from pipeline.prompts import PromptRow
 from pipeline.rl.advantage import Advantages, mixed_advantages
 from pipeline.rl.algorithm import Algorithm, Examples, Velocities
-from pipeline.rl.rollout import Rollout, rollout
+from pipeline.rl.policy import policy_of
+from pipeline.rl.rollout import Rollout, joined, rollout
 from pipeline.rl.settings import TrainerSettings
+from pipeline.rl.shares import Share, assembled, share_of
 from pipeline.settings import UserError
 from pipeline.training import Average, load_state, save_state, trapezoid
+from rewards.gradients import Gradient
 from rewards.mixture import Normaliser, mixture_of
 from rewards.reward import Reward
 
@@ -33,7 +41,8 @@ from rewards.reward import Reward
 class Iteration:
     """What one iteration did, over all processes, and this process's pictures with their prompts and rewards.
 
-    `term_means` and `term_stds` are of each term of the reward, as the terms gave them.
+    `term_means` and `term_stds` are of each term of the reward, as the terms gave them; `watched` is the algorithm's.
+    `ratio_error` is the largest |rho - 1| of the first update: on-policy it is that of the log-probabilities.
     """
 
     reward_mean: float
@@ -44,6 +53,8 @@ class Iteration:
     loss: float
     grad_norm: float
     clip_fraction: float
+    ratio_error: float | None
+    watched: dict[str, float]
     groups: int
     groups_dropped: int
     images: np.ndarray
@@ -51,11 +62,41 @@ class Iteration:
     rewards: np.ndarray
 
 
-class Trainer:
-    """Moves a LoRA on `generator` towards `reward`, which may be a mixture.
+@dataclass(frozen=True)
+class Painted:
+    """Groups of siblings that were rolled out together, of the `prompts` of all processes and `mine` of them.
 
-    Rollouts run on `plain`, a twin of the transformer into which the adapter is merged before each of them: it is
-    faster than base and adapter side by side, and the base weights stay exact.
+    `values` (B, M) are what the reward's terms say of this process's pictures, `terms_PKM` of all, and `scaled_PKM`
+    the same on the scale of what was seen so far.
+    """
+
+    prompts: Sequence[PromptRow]
+    mine: Sequence[PromptRow]
+    share: Share
+    cond: Conditioning
+    rolled: Rollout
+    values: np.ndarray
+    terms_PKM: Tensor
+    scaled_PKM: Tensor
+
+
+class Others(Protocol):
+    """So many prompts for the attempt of this number, fewer where there are not as many; none of those `but`."""
+
+    def __call__(self, attempt: int, count: int, but: Set[str]) -> Sequence[PromptRow]: ...
+
+
+class Trainer:
+    """Moves a LoRA on `generator`, or its whole transformer, towards `reward`, which may be a mixture.
+
+    Rollouts run on `plain`, a twin of the transformer that is brought up to the policy before each of them: with a LoRA
+    merged into it, it is faster than base and adapter side by side, and the base weights stay exact.
+
+    Args:
+        measured: whether somebody beside the algorithm asks for the base model.
+
+    Raises:
+        UserError: the groups cannot be shared out over the processes.
     """
 
     def __init__(
@@ -66,49 +107,73 @@ class Trainer:
         settings: TrainerSettings,
         seed: int,
         accelerator: Accelerator,
+        measured: bool = False,
     ):
-        ranks = accelerator.num_processes
-        if settings.groups % (ranks * settings.updates):
-            raise UserError(
-                f"finetune.groups: {settings.groups} is no multiple of {ranks} processes x {settings.updates} updates"
-            )
         self.generator, self.reward, self.algorithm = generator, mixture_of(reward), algorithm
         self.settings, self.seed, self.accelerator = settings, seed, accelerator
+        plan = algorithm.rollout_plan(seed, 0, settings.steps, settings.shift, settings.group_size)
+        whole = algorithm.whole_groups or not plan.divisible
+        size = settings.groups, settings.group_size, accelerator.num_processes
+        self.shares = [share_of(*size, rank, whole) for rank in range(accelerator.num_processes)]
+        self.share = self.shares[accelerator.process_index]
         self.plain = copy.deepcopy(generator.transformer)
         if settings.compile:
             compile_module(self.plain, accelerator.device)
-        lora.attach(generator.transformer, generator.lora_targets, settings.lora.rank, settings.lora.alpha, seed)
-        self.tuned: nn.Module = generator.transformer
+        needs_base = measured or algorithm.needs_reference or algorithm.needs_features
+        self.policy = policy_of(generator, settings, needs_base, seed)
+        self.tuned: nn.Module = self.policy.network
+        if settings.gradient_checkpointing:
+            self.tuned.enable_gradient_checkpointing()
         self.trained = [p for p in self.tuned.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
         )
+        parts = algorithm.parts(generator.feature_width, seed)
+        self.parts = {name: part.module.to(accelerator.device) for name, part in parts.items()}
+        for part in parts.values():
+            self.optimizer.add_param_group({"params": list(part.module.parameters()), "lr": part.learning_rate})
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = Average({"lora": self.tuned}, settings.average)
         self.wrapped = accelerator.prepare_model(self.tuned)
+        self.grad_scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.dtype == "float16")
         by = self.reward.normalise
+        with told("finetune"):
+            self.gradient = Gradient(self.reward, generator) if algorithm.needs_gradient else None
         self.normaliser = None if by == "none" else Normaliser(by, len(self.reward.terms))
+        self.scaler = algorithm.scaler(len(self.reward.terms) if self.reward.combine == "advantages" else 1)
         self.done = 0
 
-    def iterate(self, prompts: Sequence[PromptRow]) -> Iteration:
-        """One iteration on `prompts`, the same on every process; each takes its share of them."""
-        settings, rank, ranks = self.settings, self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(prompts[rank::ranks])
-        with torch.no_grad():
-            cond = self.generator.encode([prompt.text for prompt in mine])
-        rolled = self._roll(cond, mine)
-        siblings = [prompt for prompt in mine for _ in range(settings.group_size)]
-        values = self.reward.each(list(rolled.images), [prompt.text for prompt in siblings])
-        terms_PKM = torch.from_numpy(values).to(self.accelerator.device).unflatten(0, (len(mine), settings.group_size))
-        terms_PKM = self.accelerator.gather(terms_PKM)
+    def iterate(self, prompts: Sequence[PromptRow], others: Others | None = None) -> Iteration:
+        """One iteration on `prompts`, the same on every process; each takes its share of them.
+
+        Where `settings.redraws` allow it, `others` are asked for prompts to make up for groups without a signal.
+        """
+        settings = self.settings
+        painted = [self._paint(prompts, self.shares)]
+        found = self._advantages(painted)
+        for attempt in range(settings.redraws if others else 0):
+            missing = settings.groups - int(found.kept.sum())
+            if missing <= 0:
+                break
+            count = max(missing, self.share.columns)
+            more = others(attempt, count, {prompt.id for part in painted for prompt in part.prompts})
+            if len(more) < count:
+                break
+            painted.append(self._paint(more, [replace(share, groups=count) for share in self.shares]))
+            found = self._advantages(painted)
+        terms_PKM = torch.cat([part.terms_PKM for part in painted])
         valid_PK = terms_PKM.isfinite().all(-1)
         if not valid_PK.any():
             raise UserError(f"finetune: no picture of iteration {self.done} got a reward; the same command goes on")
-        found = self._advantages(terms_PKM, valid_PK, [p.id for r in range(ranks) for p in prompts[r::ranks]])
-        own = slice(rank * len(mine), (rank + 1) * len(mine))
         factor = trapezoid(self.done, settings.iterations, 0, round(settings.decay * settings.iterations))
-        self.optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
-        examples = self.algorithm.examples(rolled, found.values[own], [p.id for p in mine], self._seed)
-        learned = self._learn(examples, cond, found.kept[own], int(found.kept.sum()))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        mine = [prompt for part in painted for prompt in part.mine]
+        rolled, texts = joined([part.rolled for part in painted]), [prompt.text for prompt in mine]
+        examples = self.algorithm.examples(rolled, self._own(painted, found.values), [p.id for p in mine], self._seed)
+        cond, kept_P = Conditioning.joined([part.cond for part in painted]), self._own(painted, found.kept)
+        numbers_P = self._own(painted, torch.arange(len(found.kept), device=kept_P.device))
+        learned = self._learn(examples, cond, texts, kept_P, numbers_P, int(found.kept.sum()))
         self.average.update(self.done)
         self.done += 1
         terms = terms_PKM[valid_PK]  # (N, M)
@@ -119,113 +184,269 @@ class Trainer:
             term_means=tuple(terms.mean(0).tolist()),
             term_stds=tuple(terms.std(0, correction=0).tolist()),
             **learned,
-            groups=len(prompts),
-            groups_dropped=len(prompts) - int(found.kept.sum()),
+            groups=len(found.kept),
+            groups_dropped=len(found.kept) - int(found.kept.sum()),
             images=rolled.images,
-            prompts=siblings,
-            rewards=self.reward.total(values).values,
+            prompts=[prompt for prompt in mine for _ in self.share.siblings],
+            rewards=self.reward.total(np.concatenate([part.values for part in painted])).values,
         )
 
-    def _advantages(self, terms_PKM: Tensor, valid_PK: Tensor, ids: Sequence[str]) -> Advantages:
-        """Of the groups of all processes, in the order of `ids`."""
+    def _paint(self, prompts: Sequence[PromptRow], shares: Sequence[Share]) -> Painted:
+        """Roll out and rate the groups of `prompts`, each process its share."""
+        share = shares[self.accelerator.process_index]
+        mine = share.of(prompts)
+        with torch.no_grad():
+            cond = self.generator.encode([prompt.text for prompt in mine])
+        rolled, values = self._rated(mine, cond)
+        terms_PKM = self._gathered(values, rolled, shares)
+        scaled_PKM = self._scaled(terms_PKM, [prompt.id for prompt in prompts])
+        return Painted(prompts, mine, share, cond, rolled, values, terms_PKM, scaled_PKM)
+
+    def _rated(self, mine: Sequence[PromptRow], cond: Conditioning) -> tuple[Rollout, np.ndarray]:
+        """Groups rolled out, and what the terms say (B, M) of the pictures, which are asked in order, lot by lot."""
+        lots = torch.arange(len(mine)).tensor_split(min(self.settings.overlap, len(mine)))
+        if len(lots) == 1:
+            alone = self._roll(cond, mine)
+            return alone, self.reward.each(list(alone.images), [one.text for one in mine for _ in self.share.siblings])
+        rolled, rated = [], []
+        with ThreadPoolExecutor(max_workers=1) as rater:
+            for lot in lots:
+                prompts = [mine[row] for row in lot.tolist()]
+                rolled.append(self._roll(cond[lot.to(cond.tokens.device)], prompts))
+                texts = [prompt.text for prompt in prompts for _ in self.share.siblings]
+                rated.append(rater.submit(copy_context().run, self.reward.each, list(rolled[-1].images), texts))
+            return joined(rolled), np.concatenate([one.result() for one in rated])
+
+    @staticmethod
+    def _own(painted: Sequence[Painted], values: Tensor) -> Tensor:
+        """This process's part of `values`, (P, K) or (P,), of all groups."""
+        parts = values.split([len(part.prompts) for part in painted])
+        return torch.cat([part.share.part(value) for part, value in zip(painted, parts, strict=True)])
+
+    def _gathered(self, values: np.ndarray, rolled: Rollout, shares: Sequence[Share]) -> Tensor:
+        """What the terms say (P, K, M) of all processes' pictures, given what they say (B, M) of this one's."""
+        share = shares[self.accelerator.process_index]
+        mine = values.reshape(len(share.group_numbers), len(share.siblings), -1)
+        drawn = rolled.latents, *(transition.old for transition in rolled.transitions)
+        found = gather_object([(mine, all(bool(each.isfinite().all()) for each in drawn))])
+        if not all(finite for _, finite in found):
+            raise self._not_finite("a log-probability or a latent")
+        return torch.from_numpy(assembled(shares, [part for part, _ in found])).to(self.accelerator.device)
+
+    def _scaled(self, terms_PKM: Tensor, ids: Sequence[str]) -> Tensor:
+        """What the terms say of all groups, in the order of `ids`, on the scale of what was seen so far."""
+        valid_PK = terms_PKM.isfinite().all(-1)
         if self.normaliser:
             normalised = self.normaliser(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
             terms_PKM = torch.from_numpy(normalised).to(terms_PKM.device)
-        weights = torch.from_numpy(self.reward.weights).to(terms_PKM.device)
-        return mixed_advantages(terms_PKM, valid_PK, weights, self.reward.combine, self.algorithm.advantages)
+        if self.scaler:
+            if self.reward.combine == "rewards":
+                terms_PKM = (terms_PKM * self._weights).sum(-1, keepdim=True)
+            scaled = self.scaler(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
+            terms_PKM = torch.from_numpy(scaled).to(terms_PKM.device)
+        return terms_PKM
+
+    def _advantages(self, painted: Sequence[Painted]) -> Advantages:
+        """Of the groups of all processes."""
+        scaled_PKM, terms_PKM = (
+            torch.cat([getattr(part, name) for part in painted]) for name in ("scaled_PKM", "terms_PKM")
+        )
+        added = self.scaler and self.reward.combine == "rewards"
+        weights = torch.ones_like(self._weights[:1]) if added else self._weights
+        valid_PK = terms_PKM.isfinite().all(-1)
+        return mixed_advantages(scaled_PKM, valid_PK, weights, self.reward.combine, self.algorithm.advantages)
+
+    @property
+    def _weights(self) -> Tensor:
+        """Of the reward's terms, (M,)."""
+        return torch.from_numpy(self.reward.weights).to(self.accelerator.device)
 
     def _roll(self, cond: Conditioning, prompts: Sequence[PromptRow]) -> Rollout:
         settings = self.settings
-        lora.merge_into(self.plain, self.tuned)
-        plan = self.algorithm.rollout_plan(self.seed, self.done, settings.steps, settings.shift, settings.group_size)
+        self.policy.merge_into(self.plain)
+        siblings = self.share.siblings
+        plan = self.algorithm.rollout_plan(self.seed, self.done, settings.steps, settings.shift, len(siblings))
+        plan = replace(plan, first=siblings.start)
         ids = [prompt.id for prompt in prompts]
-        return rollout(self.generator, self.predict(self.plain), cond, ids, self._seed, plan, settings.batch)
+        features = self._features if self.algorithm.needs_features else None
+        return rollout(self.generator, self.predict(self.plain), cond, ids, self._seed, plan, settings.batch, features)
+
+    def _features(self, x: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        with self.reference(), self._autocast():
+            return self.generator.features(x, t, cond).to(x.dtype)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the block `tuned` and `plain` are the moving average, which is what is kept in the end."""
         self.average.swap()
-        lora.merge_into(self.plain, self.tuned)
+        self.policy.merge_into(self.plain)
         try:
             yield
         finally:
             self.average.swap()
+
+    def reference(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block `tuned` is the base model. Raises UserError where that was not kept."""
+        return self.policy.reference()
 
     @property
     def _seed(self) -> tuple[str | int, ...]:
         """What keys the noise of this iteration, with prompt and sibling."""
         return self.seed, "finetune", self.done
 
-    @staticmethod
-    def predict(network: nn.Module) -> Callable[[Tensor, float | Tensor, Conditioning], Tensor]:
-        """The velocity by `network`, this trainer's `tuned` or `plain`, as the generator's `predict` would give it."""
+    def predict(self, network: nn.Module) -> Callable[[Tensor, float | Tensor, Conditioning], Tensor]:
+        """The velocity by `network`, this trainer's `tuned` or `plain`, as the generator's `predict` would give it,
+        but computed in the dtype of the settings."""
 
         def predict(x: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
-            return network(x, times, cond.tokens)
+            with self._autocast():
+                v = network(x, times, cond.tokens)
+            return v.to(x.dtype)
 
         return predict
 
-    def _learn(self, examples: Sequence[Examples], cond: Conditioning, kept_P: Tensor, kept: int) -> dict[str, float]:
-        """Optimiser steps on the groups that have a signal, `kept` over all processes; means of what was watched."""
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        if self.settings.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.accelerator.device.type, getattr(torch, self.settings.dtype))
+
+    def _learn(
+        self,
+        examples: Sequence[Examples],
+        cond: Conditioning,
+        texts: Sequence[str],
+        kept_P: Tensor,
+        numbers_P: Tensor,
+        kept: int,
+    ) -> dict[str, Any]:
+        """Optimiser steps on this process's groups that have a signal, `kept` over all processes; means of what was
+        watched. `numbers_P` are the groups' numbers among all, which share them out over the updates."""
         settings = self.settings
-        watched = torch.zeros(3, device=self.accelerator.device)
+        watched: dict[str, Tensor] = {}
+        errors: list[Tensor] = []
         norms = 0.0
+        here = len(kept_P) * len(self.share.siblings) / settings.group_size  # groups' worth of pictures
         for update in range(settings.updates):
-            groups = kept_P.nonzero()[:, 0]
-            groups = groups[groups % settings.updates == update]
+            groups = (kept_P & (numbers_P % settings.updates == update)).nonzero()[:, 0]
             share = max(1, kept) / settings.updates / self.accelerator.num_processes
-            weight = float(len(groups) > 0) * len(kept_P) / share / sum(map(len, examples))
+            weight = float(len(groups) > 0) * here / share / len(examples)
             if not len(groups):
                 # Every process must take part in the exchange of gradients.
                 groups = groups.new_zeros(1)
-            pieces = [piece for each in examples for piece in _pieces(each, groups, settings.batch)]
-            for index, piece in enumerate(pieces):
+            # Every set weighs the same, and so does every picture, whether several share an input or not.
+            pieces = [
+                (piece, weight / len(each)) for each in examples for piece in _pieces(each, groups, settings.batch)
+            ]
+            for index, (piece, each_weighs) in enumerate(pieces):
                 waits = index + 1 < len(pieces)
                 with self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
-                    watched += self._backward(piece, cond, weight)
-            norms += float(nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm))
-            if kept:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
-        loss, kl, clipped = self.accelerator.reduce(watched / settings.updates, "sum").tolist()
-        ranks = self.accelerator.num_processes
+                    sums, error = self._backward(piece, cond, texts, each_weighs)
+                for name, value in sums.items():
+                    watched[name] = watched.get(name, 0.0) + value
+                if error is not None and update == 0:
+                    errors.append(error)
+            norms += self._step(kept > 0)
+        means = self.accelerator.reduce(torch.stack(list(watched.values())) / settings.updates, "sum").tolist()
+        told = {name: mean / self.accelerator.num_processes for name, mean in zip(watched, means, strict=True)}
+        curves = {name: told.pop(name) for name in ("loss", "kl", "clip_fraction")}
+        if not all(map(math.isfinite, curves.values())):
+            raise self._not_finite("the loss")
         return {
-            "loss": loss / ranks,
-            "kl": kl / ranks,
-            "clip_fraction": clipped / ranks,
+            **curves,
+            "ratio_error": self.accelerator.gather(torch.stack(errors).amax(0, True)).max().item() if errors else None,
             "grad_norm": norms / settings.updates,
+            "watched": self.algorithm.summary(told),
         }
 
-    def _backward(self, piece: Examples, cond: Conditioning, weight: float) -> Tensor:
-        """Add the gradient of one piece, each of its inputs weighing `weight`; loss, KL and clip fraction (3,)."""
-        asked = (piece.x_t, piece.t, cond[piece.prompt])
-        reference = old = None
+    def _step(self, moves: bool) -> float:
+        """Step the optimiser, if it `moves`, and forget the gradient; its norm, before it was clipped."""
+        for part in self.parts.values():
+            self._exchange(list(part.parameters()))
+        self.grad_scaler.unscale_(self.optimizer)
+        modules = [self.trained, *(list(part.parameters()) for part in self.parts.values())]
+        norms = [float(nn.utils.clip_grad_norm_(each, self.settings.max_grad_norm)) for each in modules]
+        overflows = self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() >= 1
+        if not all(map(math.isfinite, norms)):
+            if not overflows:
+                raise self._not_finite("the gradient")
+            norms = [0.0]
+        if moves:
+            self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        self.optimizer.zero_grad()
+        return norms[0]
+
+    def _not_finite(self, what: str) -> UserError:
+        """Nothing of this iteration has been saved when this is raised, on every process alike."""
+        wider = "" if self.settings.dtype == "float32" else ", or finetune.dtype: float32"
+        return UserError(
+            f"finetune.learning_rate: {what} of iteration {self.done} is not finite, and nothing of it was saved; "
+            f"try a lower one{wider}"
+        )
+
+    def _exchange(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give every process the mean gradient, as the wrapper of the generator does for its own."""
+        means = self.accelerator.reduce([parameter.grad for parameter in parameters], "mean")
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean
+
+    def _backward(
+        self, piece: Examples, cond: Conditioning, texts: Sequence[str], weight: float
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Add the gradient of one piece, each of its inputs weighing `weight`; what was watched, summed up so, and how
+        far a ratio is from 1 at most."""
+        reference = old = average = None
+
+        def asked(network: nn.Module) -> Tensor:
+            predict = self.predict(network)
+            return piece.ask(lambda x_t, t, prompt: predict(x_t, t, cond[prompt]))
+
+        def reward(latents: Tensor) -> Tensor:
+            return self.gradient(latents, [texts[prompt] for prompt in piece.prompt.tolist()])
+
         with torch.no_grad():
             if self.algorithm.needs_reference:
-                with lora.reference(self.tuned):
-                    reference = self.predict(self.tuned)(*asked)
+                with self.reference():
+                    reference = asked(self.tuned)
             if self.algorithm.needs_old:
-                old = self.predict(self.plain)(*asked)
-        loss = self.algorithm.loss(piece, Velocities(self.predict(self.wrapped)(*asked), reference, old))
+                old = asked(self.plain)
+            if self.algorithm.needs_average:
+                self.average.swap()
+                average = asked(self.tuned)
+                self.average.swap()
+        rated = reward if self.algorithm.needs_gradient else None
+        loss = self.algorithm.loss(piece, Velocities(asked(self.wrapped), reference, old, rated, average))
         total = weight * loss.total.sum()
-        self.accelerator.backward(total)
-        return torch.stack([total.detach(), weight * loss.kl.sum(), weight * loss.clipped.sum()])
+        self.accelerator.backward(self.grad_scaler.scale(total))
+        seen = {"kl": loss.kl, "clip_fraction": loss.clipped, **loss.watched}
+        error = None if loss.ratio_error is None else loss.ratio_error.max()
+        return {"loss": total.detach(), **{name: weight * value.sum() for name, value in seen.items()}}, error
 
     def save(self, folder: Path) -> None:
         """Write the state of this moment; every process holds the same, one writes."""
         seen = self.normaliser.state() if self.normaliser else None
-        save_state(folder, self._state(), [self.optimizer], {"done": self.done, "normaliser": seen})
+        scale = self.scaler.state() if self.scaler else None
+        extra = {
+            "done": self.done,
+            "normaliser": seen,
+            "scaler": scale,
+            "grad_scaler": self.grad_scaler.state_dict(),
+        }
+        save_state(folder, self._state(), [self.optimizer], extra)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
         extra = load_state(folder, self._state(), [self.optimizer])
         self.done = extra["done"]
+        self.grad_scaler.load_state_dict(extra["grad_scaler"])
         if self.normaliser:
             self.normaliser.load(extra["normaliser"])
+        if self.scaler:
+            self.scaler.load(extra["scaler"])
 
     def _state(self) -> dict[str, nn.Module]:
-        return {"lora": self.tuned, "average": self.average}
+        return {"lora": self.tuned, "average": self.average, **self.parts}
 
 
 def _pieces(examples: Examples, groups: Tensor, size: int) -> Iterator[Examples]:

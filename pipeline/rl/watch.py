@@ -21,10 +21,10 @@ import pyarrow.parquet
 from accelerate.utils import gather_object
 from PIL import Image
 
-import models
 from judges.base import Judge, Unavailable
 from pipeline.prompts import PromptRow
 from pipeline.rl.checks import Check, Seen, checked, from_json, retained, to_json
+from pipeline.rl.grids import grid
 from pipeline.rl.looking import Sight, Wanted, painted, seen, wanted
 from pipeline.rl.settings import WatchSettings
 from pipeline.rl.trainer import Trainer
@@ -190,7 +190,7 @@ class Watch:
             )
 
     def _write_down(self, check: Check, sights: Sequence[Sight]) -> None:
-        """The rows, the adapter, and last the JSON that says that they stand; then drop adapters that nobody needs."""
+        """The rows, a grid, the adapter, and last the JSON that says that they stand; then drop useless adapters."""
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{check.iteration:05d}"
         rows = [
@@ -207,11 +207,13 @@ class Watch:
             for sight in sights
         ]
         datasets.Dataset.from_list(rows, features=_KEPT).to_parquet(self._folder / f"check-{name}.parquet")
+        if check.iteration:
+            self.context.artifact.write(f"grids/{name}.png", grid(self.base, sights).save)
         if self.settings.stop_on:
             folder = self._adapter(check.iteration)
             shutil.rmtree(folder, ignore_errors=True)
             with self.trainer.averaged():
-                models.lora.save(self.trainer.tuned, folder)
+                self.trainer.policy.save(folder)
         atomic_write_text(self._folder / f"check-{name}.json", json.dumps(to_json(check), allow_nan=False))
         needed = {self._adapter(iteration) for iteration in retained(self.checks, self.settings.patience)}
         for folder in self._folder.glob("adapter-*"):

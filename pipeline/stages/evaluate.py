@@ -24,7 +24,6 @@ from pipeline.pictures import pictures_of, source_of
 from pipeline.prompts import draw_key
 from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
-from pipeline.stages.finetune import ADAPTER
 from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import trained_loss
 from pipeline.stages.sample import CALL_SECONDS, columns, shards
@@ -116,7 +115,7 @@ def _run(context: Context) -> None:
     generators = {
         "base": models.load_generator(config.generator.checkpoint, device=device),
         "tuned": models.load_generator(
-            config.generator.checkpoint, context.inputs["finetune"].folder / ADAPTER, device
+            config.generator.checkpoint, context.inputs["finetune"].folder / config.finetune.kept_folder, device
         ),
     }
     settings: EvaluateConfig = config.evaluate

@@ -4,42 +4,50 @@ Leaves the moving average of the adapter, or where the watch stopped the trainin
 pictures of every iteration, on which `evaluate` measures what the reward does not see.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from collections.abc import Callable, Sequence, Set
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import datasets
 import numpy as np
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, model_validator
 
 import models
 import rewards
+from models.paths import schedule
 from pipeline.mixing import MixtureConfig, ModelTerm, RewardChoice, mixture_config
-from pipeline.prompts import PromptRow, draw_key
+from pipeline.pictures import pictures_of
+from pipeline.prompts import PromptRow, PromptSource, draw_key
 from pipeline.rl import AlgorithmConfig, algorithm_of
+from pipeline.rl.dpo import DPOConfig
 from pipeline.rl.grpo import GRPOConfig
+from pipeline.rl.journal import Journal, folder, missing
+from pipeline.rl.preferred import Preferences
 from pipeline.rl.settings import RefreshSettings, TrainerSettings, WatchSettings
 from pipeline.runner import Context, Interrupted, Stage, Work
 from pipeline.settings import UserError
 from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import NO_INFLUENCE
 from pipeline.stages.sample import CALL_SECONDS, columns
-from pipeline.store import write_rows
+from pipeline.store import read_rows, write_rows
 
 if TYPE_CHECKING:
     from pipeline.rl.refresh import Refresh
     from pipeline.rl.trainer import Iteration, Trainer
     from pipeline.rl.watch import Watch
 
-ADAPTER = "lora"
+ADAPTER, WHOLE = "lora", "transformer"
+"""Where what was trained is kept: an adapter, or every weight."""
 
 CURVES = datasets.Features(
     {
         "iteration": datasets.Value("int32"),
         **{
             name: datasets.Value("float32")
-            for name in ("reward_mean", "reward_std", "kl", "loss", "grad_norm", "clip_fraction")
+            for name in ("reward_mean", "reward_std", "kl", "loss", "grad_norm", "clip_fraction", "ratio_error")
         },
         "groups": datasets.Value("int32"),
         "groups_dropped": datasets.Value("int32"),
@@ -81,6 +89,7 @@ class FinetuneConfig(TrainerSettings):
         kept_images: pictures of each iteration that are kept, to measure on.
         save_every: iterations between two checkpoints.
         watch: checks for signs that the reward is hacked, which can end the training; none where it is null.
+        trackers: who is told the curves besides `log.jsonl`; their files are in `trackers/` of the run.
     """
 
     algorithm: Annotated[AlgorithmConfig, Field(discriminator="type")] = GRPOConfig()
@@ -90,6 +99,30 @@ class FinetuneConfig(TrainerSettings):
     kept_images: int = Field(24, ge=0)
     save_every: int = Field(10, ge=1)
     watch: WatchSettings | None = WatchSettings()
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+
+    @model_validator(mode="after")
+    def _trackers_are_there(self) -> Self:
+        if lost := missing(self.trackers):
+            raise ValueError(f"trackers: {lost[0]} is not installed; pip install '.[{lost[0]}]', or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_kept_where_it_is_asked_for(self) -> Self:
+        if self.lora or self.keep_base:
+            return self
+        if self.watch:
+            raise ValueError(
+                "watch: it measures the KL from the base model, of which full fine-tuning keeps no copy; "
+                "set finetune.keep_base to true, or watch to null"
+            )
+        algorithm = algorithm_of(self.algorithm)
+        if algorithm.needs_reference or algorithm.needs_features:
+            raise ValueError(
+                f"algorithm: {self.algorithm.type} asks the base model, of which full fine-tuning keeps no copy; set "
+                "finetune.keep_base to true (or the algorithm's kl to 0, where that is what asks)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gold_is_allowed(self) -> Self:
@@ -104,15 +137,25 @@ class FinetuneConfig(TrainerSettings):
         return self
 
     @model_validator(mode="after")
-    def _window_ends_before_the_last_step(self) -> Self:
-        if isinstance(self.algorithm, GRPOConfig):
-            most = self.steps - 1 - self.algorithm.window
-            if self.algorithm.last_start > most:
-                raise ValueError(
-                    f"algorithm.last_start: {self.algorithm.last_start} is above {most}; the last of {self.steps} "
-                    f"steps has no noise, and {self.algorithm.window} stochastic ones must end before it"
-                )
+    def _algorithm_has_room(self) -> Self:
+        self.algorithm.check(self.steps, self.group_size)
         return self
+
+    @model_validator(mode="after")
+    def _reward_can_be_followed(self) -> Self:
+        if self.algorithm.follows_reward:
+            self.mixture.check_gradient(self.algorithm.type)
+        return self
+
+    @property
+    def trained(self) -> TrainerSettings:
+        """As the trainer takes them: off-line each prompt is painted once, to measure on."""
+        return self.model_copy(update={"group_size": 1}) if self.algorithm.offline else self
+
+    @property
+    def kept_folder(self) -> str:
+        """Of the artifact; `models.load_generator` reads it."""
+        return ADAPTER if self.lora else WHOLE
 
     @property
     def mixture(self) -> MixtureConfig:
@@ -126,11 +169,11 @@ class FinetuneConfig(TrainerSettings):
 
 def _depends(config: Any) -> dict[str, Any]:
     settings: FinetuneConfig = config.finetune
-    settings.mixture.check(config.reward)
+    settings.mixture.check(config.reward, settings.algorithm.follows_reward)
     asked = "judge" in settings.rewarded or settings.refresh or (settings.watch and settings.watch.judge)
     return {
-        "version": 3,
-        "finetune": settings.model_dump(mode="json"),
+        "version": 4,
+        "finetune": settings.model_dump(mode="json", exclude={"trackers"}),
         "judge": config.judge.depends() if asked else None,
         "rewards": settings.mixture.depends(),
         "refreshed": _refreshed(config) if settings.refresh else None,
@@ -146,7 +189,7 @@ def _refreshed(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     settings: FinetuneConfig = config.finetune
-    images = settings.iterations * settings.groups * settings.group_size
+    images = settings.iterations * settings.groups * settings.trained.group_size
     work = Work(images, images * settings.steps * CALL_SECONDS * 0.6)
     if refresh := settings.refresh:
         fresh = (settings.iterations - 1) // refresh.every * refresh.prompts * refresh.images
@@ -166,17 +209,24 @@ def _run(context: Context) -> None:
     settings: FinetuneConfig = config.finetune
     generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
     reward = settings.mixture.build(context)
-    trainer = Trainer(generator, reward, algorithm_of(settings.algorithm), settings, config.seed, Accelerator())
+    preferences = preferences_of(context, generator) if settings.algorithm.offline else None
+    algorithm = algorithm_of(settings.algorithm, preferences)
+    accelerator = _accelerator(context)
+    measured = settings.watch is not None
+    trainer = Trainer(generator, reward, algorithm, settings.trained, config.seed, accelerator, measured)
+    prompts = preferences or config.prompts
     if (checkpoint := artifact.resume / "trainer").is_dir():
         trainer.load(checkpoint)
-    watch = _watch(context, trainer)
+    watch = _watch(context, trainer, prompts)
     refresh = _refresh(context, trainer)
+    journal = Journal(artifact, accelerator, config.name, trainer.done)
     pending: list[Iteration] = []
 
     def save() -> None:
         """Set the rows down before the checkpoint: after a kill between them the same rows are made again."""
         if context.accelerator.is_main_process and pending:
             _set_down(context, pending, trainer.done - len(pending))
+            journal.settle()
             trainer.save(checkpoint)
         pending.clear()
 
@@ -193,8 +243,10 @@ def _run(context: Context) -> None:
                 watch.check()
             if trainer.done == total or (watch and watch.stopped):
                 break
-            done = trainer.iterate(_drawn(config, trainer.done))
+            others = partial(_others, config, prompts, trainer.done)
+            done = trainer.iterate(_drawn(config, prompts, trainer.done), others)
             pending.append(done)
+            journal.tell(trainer.done - 1, {**_curve(done), **done.watched})
             advance(1, reward=done.reward_mean, kl=done.kl)
             if trainer.done % settings.save_every == 0 or trainer.done == total:
                 save()
@@ -203,6 +255,7 @@ def _run(context: Context) -> None:
             except Interrupted:
                 save()
                 raise
+    journal.write()
     if context.accelerator.is_main_process:
         for name, features in _TABLES.items():
             parts = [datasets.Dataset.from_parquet(str(path)) for path in sorted(artifact.resume.glob(f"{name}-*"))]
@@ -213,19 +266,76 @@ def _run(context: Context) -> None:
         if watch:
             watch.write()
         if watch and watch.stopped:
-            artifact.write_folder(ADAPTER, watch.copy_kept)
+            artifact.write_folder(settings.kept_folder, watch.copy_kept)
         else:
             trainer.average.swap()
-            artifact.write_folder(ADAPTER, lambda folder: models.lora.save(generator.transformer, folder))
+            artifact.write_folder(settings.kept_folder, trainer.policy.save)
 
 
-def _drawn(config: Any, iteration: int) -> list[PromptRow]:
+def preferences_of(context: Context, generator: "models.NativeGenerator") -> Preferences:
+    """The pairs of the run. Raises UserError where the generator does not paint pictures of their size."""
+    pictures = pictures_of(context.inputs)
+    height, width = generator.pixels(torch.zeros(1, *generator.latent_shape, device=generator.device)).shape[-2:]
+    for key in pictures.one_of_each_size():
+        if (size := pictures(*key).shape[:2]) != (height, width):
+            raise UserError(
+                f"finetune.algorithm.source: a picture of the pairs is {size[1]} x {size[0]} pixels, and the "
+                f"generator paints {width} x {height}; scale them, or take online"
+            )
+    algorithm = context.config.finetune.algorithm
+    invert = _inversion(context) if isinstance(algorithm, DPOConfig) and algorithm.inversion else None
+    return Preferences(read_rows(context.inputs["prefer"]).to_list(), pictures, generator.latents, invert)
+
+
+def _inversion(context: Context) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+    """From latents and their prompts to the noise from which the base model paints them."""
+    settings: FinetuneConfig = context.config.finetune
+    base = models.load_generator(context.config.generator.checkpoint, device=str(context.accelerator.device))
+    times = schedule(settings.steps, settings.shift)
+
+    @torch.no_grad()
+    def invert(latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        found = []
+        for start in range(0, len(prompts), settings.batch):
+            part = slice(start, start + settings.batch)
+            cond = base.encode(prompts[part])
+            found.append(models.invert(partial(base.predict, cond=cond), latents[part], times))
+        return torch.cat(found)
+
+    return invert
+
+
+def _accelerator(context: Context) -> Accelerator:
+    """Raises UserError where processes share what the trainer takes to be whole on each."""
+    found = Accelerator(
+        mixed_precision="no",  # finetune.dtype decides
+        log_with=list(context.config.finetune.trackers) or None,
+        project_dir=folder(context.run_dir),
+    )
+    if found.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(
+            f"accelerate: {found.distributed_type.value} shards what fine-tuning keeps whole on each process; "
+            "launch with configs/accelerate/ddp.yaml"
+        )
+    return found
+
+
+def _drawn(config: Any, source: PromptSource | Preferences, iteration: int) -> list[PromptRow]:
     """The prompts of an iteration."""
     groups = config.finetune.groups
-    prompts = config.prompts.draw(draw_key(config.seed, "finetune", iteration), groups)
+    prompts = source.draw(draw_key(config.seed, "finetune", iteration), groups)
     if len(prompts) < groups:
         raise UserError(f"finetune.groups: {groups}, but there are only {len(prompts)} prompts")
     return prompts
+
+
+def _others(
+    config: Any, source: PromptSource | Preferences, iteration: int, attempt: int, count: int, but: Set[str]
+) -> list[PromptRow]:
+    """More prompts for an iteration, none of those `but`; a function of its arguments, so that a resumed run asks for
+    the same."""
+    prompts = source.draw(draw_key(config.seed, "finetune", iteration, "redraw", attempt), count + len(but))
+    return [prompt for prompt in prompts if prompt.id not in but][:count]
 
 
 def _refresh(context: Context, trainer: "Trainer") -> "Refresh | None":
@@ -239,7 +349,7 @@ def _refresh(context: Context, trainer: "Trainer") -> "Refresh | None":
     return Refresh(context, settings.refresh, trainer.generator, learned, settings.iterations)
 
 
-def _watch(context: Context, trainer: "Trainer") -> "Watch | None":
+def _watch(context: Context, trainer: "Trainer", source: PromptSource | Preferences) -> "Watch | None":
     from pipeline.rl.watch import Watch
 
     config, settings = context.config, context.config.finetune.watch
@@ -247,8 +357,12 @@ def _watch(context: Context, trainer: "Trainer") -> "Watch | None":
         return None
     is_reward = all(isinstance(term.reward, rewards.JudgeReward) for term in trainer.reward.terms)
     judge = config.judge.build(str(context.accelerator.device)) if settings.judge and not is_reward else None
-    drawn = (prompt for iteration in range(config.finetune.iterations) for prompt in _drawn(config, iteration))
+    drawn = (prompt for iteration in range(config.finetune.iterations) for prompt in _drawn(config, source, iteration))
     return Watch(context, settings, trainer, judge, drawn)
+
+
+def _curve(done: "Iteration") -> dict[str, float | None]:
+    return {name: getattr(done, name) for name in CURVES if name not in ("iteration", "images")}
 
 
 def _set_down(context: Context, pending: Sequence["Iteration"], first: int) -> None:
@@ -256,9 +370,8 @@ def _set_down(context: Context, pending: Sequence["Iteration"], first: int) -> N
     curves, rollouts, terms = [], [], []
     mixed = context.config.finetune.mixture.terms
     for number, done in enumerate(pending, first):
-        curve = {name: getattr(done, name) for name in CURVES if name not in ("iteration", "images")}
-        images = len(done.images) * context.accelerator.num_processes
-        curves.append({"iteration": number, **curve, "images": images})
+        images = done.groups * context.config.finetune.trained.group_size
+        curves.append({"iteration": number, **_curve(done), "images": images})
         if len(mixed) > 1:
             for term, mean, std in zip(mixed, done.term_means, done.term_stds, strict=True):
                 terms.append({"iteration": number, "term": term.name, "weight": term.weight, "mean": mean, "std": std})

@@ -1,0 +1,51 @@
+"""The forward process, for algorithms that need no trajectories: finished pictures noised to drawn times."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.keys import sample_key
+from models.paths import noised
+from models.samplers import keyed_noise
+
+EARLIEST, LATEST = 0.02, 0.98
+"""Between these times velocities are asked for: at the ends of the path one of its two sides tells nothing."""
+
+
+def times(keys: Sequence[int], draw: int, draws: int, device: torch.device) -> Tensor:
+    """Times (N,), one a key, in the `draw`-th of `draws` equal parts of [0, 1]."""
+    uniform = torch.tensor([key / 2**63 for key in keys], device=device)
+    return ((draw + uniform) / draws).clamp(EARLIEST, LATEST)
+
+
+def drawn(
+    keys: Sequence[int], draw: int, draws: int, shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Times (N,) and standard normal noise (N, *shape), both of their keys alone."""
+    return times(keys, draw, draws, device), keyed_noise(list(keys), tuple(shape), device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Pictures noised with `noise` (M, ...) to `x_t` (M, ...) at times `t` (M,), and the index of each one's prompt."""
+
+    x_t: Tensor
+    t: Tensor
+    prompt: Tensor
+    noise: Tensor
+
+
+def forward_draws(
+    x0: Tensor, ids: Sequence[str], siblings: Sequence[int], draws: int, seed: Sequence[str | int]
+) -> Iterator[Draw]:
+    """Each picture `x0` (M, ...), siblings side by side, noised `draws` times, at times spread evenly.
+
+    `ids` name the prompts and `siblings` the pictures of each; they and `seed` key time and noise.
+    """
+    prompt = torch.arange(len(ids), device=x0.device).repeat_interleave(len(siblings))
+    for draw in range(draws):
+        keys = [sample_key(*seed, i, k, "draw", draw) for i in ids for k in siblings]
+        t, noise = drawn(keys, draw, draws, x0.shape[1:], x0.device)
+        yield Draw(noised(x0, noise, t), t, prompt, noise)
