@@ -149,6 +149,20 @@ def tune(
 
 
 @app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Look for the silent bugs of a fine-tuning run before it starts; exit code 2 where one is found."""
+    settings, _ = _settings(config, overrides)
+    from pipeline.verbs.doctor import doctor as examine
+
+    if not examine(settings, as_json=as_json):
+        raise typer.Exit(2)
+
+
+@app.command()
 def questions(config: ConfigFile, overrides: Overrides = None) -> None:
     """Let a language model write what the judge will ask about the run's prompts, for you to correct."""
     settings, _ = _settings(config, overrides)
