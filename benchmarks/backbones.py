@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tuning import tuned_for
 from pipeline.assessing.assess import VERB
 from pipeline.config import Config
 from pipeline.loop import run_dir, run_loop
@@ -39,7 +40,6 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "latent": {"type": "latent", "checkpoint": GENERATOR},
     "latent, clean": {"type": "latent", "checkpoint": GENERATOR, "most_noise": 0.0},
 }
-TIMING_ITERATIONS = 6
 RATED, ROUNDS = 1024, 4
 
 
@@ -134,21 +134,11 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def tuned(path: str, overrides: Sequence[str], target: float) -> dict[str, Any]:
     """Gold of the generator, base and tuned for about `target` seconds by the reward that stands in the run."""
-
-    def spent(iterations: int) -> float:
-        config = load(Config, path, [*overrides, f"finetune.iterations={iterations}"])
-        started = time.perf_counter()
-        run_loop(config, only=["finetune"])
-        return time.perf_counter() - started
-
-    spent(1)  # compiles
-    few, more = spent(2), spent(2 + TIMING_ITERATIONS)
-    iterations = max(1, round((target - few) / ((more - few) / TIMING_ITERATIONS)))
-    took = spent(iterations)
-    config = load(Config, path, [*overrides, f"finetune.iterations={iterations}"])
+    config, took = tuned_for(path, overrides, target)
     run_loop(config, only=["evaluate"])
     found = json.loads(Artifact(run_dir(config) / "evaluate").path("metrics.json").read_text())["generator"]
-    return {"iterations": iterations, "seconds": took, **{name: found[name]["gold"] for name in ("base", "tuned")}}
+    gold = {name: found[name]["gold"] for name in ("base", "tuned")}
+    return {"iterations": config.finetune.iterations, "seconds": took, **gold}
 
 
 def show(rows: dict[str, Any], rates: dict[str, float]) -> Table:

@@ -1,0 +1,140 @@
+"""Which algorithm moves the same generator furthest by the same reward in the same time: docs/algorithms.md.
+
+    python -m benchmarks.algorithms configs/shapes.yaml [--only nft awm …] [--seconds 240] [--seeds 2] [key.sub=value …]
+
+All algorithms of one seed share pictures, verdicts, preferences and reward model. What was measured stands in
+`algorithms.json` in the folder of the runs and is not measured again, so a long table can be made bit by bit.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.tuning import tuned_for
+from pipeline.config import Config
+from pipeline.loop import run_dir, run_loop
+from pipeline.progress import quiet_libraries
+from pipeline.settings import load
+from pipeline.store import Artifact, atomic_write_text, read_rows
+from rewards.hacking import distances
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "flow_grpo": {"type": "grpo", "sampler": "sde", "window": None, "fans": [], "kl": 0.04, "clip": 1e-4},
+    "grpo": {"type": "grpo", "kl": 0.06},
+    "grpo, mix": {"type": "grpo", "window": 2, "slide_every": 25, "kl": 0.06},
+    "grpo, guard": {"type": "grpo", "guard": True, "clip": 2e-6, "kl": 0.06},
+    "dance": {"type": "grpo", "sampler": "dance", "eta": 0.3, "kl": 0.06},
+    "ppo": {"type": "ppo", "window": 2},
+    "ddpo": {"type": "ddpo", "window": 2},
+    "nft": {"type": "nft"},
+    "awm": {"type": "awm"},
+    "dpo, online": {"type": "dpo"},
+    "dpo, offline": {"type": "dpo", "source": "preferences"},
+    "d3po": {"type": "d3po"},
+    "raft": {"type": "raft"},
+    "supervised": {"type": "raft", "source": "preferences"},
+}
+SHARED = ("sample", "judge", "prefer", "reward")
+RISES = (0.1, 0.2, 0.3)
+SMOOTHED = 9
+"""Iterations over which gold on the kept pictures is averaged."""
+
+
+def measured(path: str, overrides: list[str], seconds: float) -> dict[str, Any]:
+    """What `seconds` of fine-tuning did."""
+    config, took = tuned_for(path, overrides, seconds)
+    run_loop(config, only=["evaluate"])
+    folder = run_dir(config)
+    found = json.loads(Artifact(folder / "evaluate").path("metrics.json").read_text())["generator"]
+    course = read_rows(Artifact(folder / "evaluate"), "curves.parquet")
+    checks = read_rows(Artifact(folder / "finetune"), "checks-*.parquet")
+    last = checks.filter(lambda row: row["iteration"] == max(checks["iteration"]))
+    each = took / config.finetune.iterations
+    return {
+        "iterations": config.finetune.iterations,
+        "seconds": took,
+        "images": int(sum(course["images"])),
+        "gold": [found[model]["gold"] for model in ("base", "tuned")],
+        "reward": [found[model]["reward"] for model in ("base", "tuned")],
+        "kl": last[0]["kl"],
+        "diversity": float(np.mean(distances([np.asarray(image) for image in last["image"]], last["prompt_id"]))),
+        "rises": [_reached(course["gold"], found["base"]["gold"] + rise, each) for rise in RISES],
+        "kept": json.loads(Artifact(folder / "finetune").path("signals.json").read_text())["kept"],
+    }
+
+
+def _reached(gold: list[float], wanted: float, each: float) -> float | None:
+    """The second at which the smoothed gold of rollouts is at what was wanted; None where it never is."""
+    known = np.array([math.nan if value is None else value for value in gold], dtype=float)
+    if len(known) < SMOOTHED:
+        return None
+    smooth = np.convolve(known, np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
+    there = np.flatnonzero(smooth >= wanted)
+    return float((there[0] + SMOOTHED) * each) if len(there) else None
+
+
+def show(rows: dict[str, dict[str, Any]]) -> Table:
+    """A row an algorithm: means over its seeds."""
+    table = Table("algorithm", "seeds", "gold", "reward", "KL", "diversity", "images", "to +10", "+20", "+30 points")
+    for name, seeds in rows.items():
+        found = list(seeds.values())
+        mean = {key: np.mean([one[key] for one in found], axis=0) for key in ("gold", "reward", "kl", "images")}
+        spread = np.std([one["gold"][1] for one in found])
+        rises = [
+            f"{np.mean(times):.0f} s" if None not in times else "–"
+            for times in zip(*(one["rises"] for one in found), strict=True)
+        ]
+        table.add_row(
+            name,
+            str(len(found)),
+            f"{100 * mean['gold'][0]:.1f} → {100 * mean['gold'][1]:.1f} ± {100 * spread:.1f} %",
+            f"{mean['reward'][0]:.2f} → {mean['reward'][1]:.2f}",
+            f"{mean['kl']:.2f}",
+            f"{np.mean([one['diversity'] for one in found]):.3f}",
+            f"{mean['images']:,.0f}",
+            *rises,
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", choices=ALGORITHMS)
+    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--seeds", type=int, default=2)
+    asked = parser.parse_args()
+    quiet_libraries()
+    place = run_dir(load(Config, asked.config, [*asked.overrides, "name=algorithms"])).with_suffix(".json")
+    rows: dict[str, dict[str, Any]] = json.loads(place.read_text()) if place.exists() else {}
+    for seed in range(asked.seeds):
+        common = [*asked.overrides, f"seed={seed}"]
+        base = load(Config, asked.config, [*common, f"name=algorithms-{seed}"])
+        run_loop(base, only=list(SHARED))
+        for name in asked.only or ALGORITHMS:
+            if str(seed) in rows.get(name, {}):
+                continue
+            chosen = [*common, f"name=algorithms-{seed}-tuned", f"finetune.algorithm={json.dumps(ALGORITHMS[name])}"]
+            _share(run_dir(base), run_dir(load(Config, asked.config, chosen)))
+            rows.setdefault(name, {})[str(seed)] = measured(asked.config, chosen, asked.seconds)
+            atomic_write_text(place, json.dumps(rows, indent=2) + "\n")
+    Console(width=180).print(show(rows))
+
+
+def _share(source: Path, target: Path) -> None:
+    """The artifacts that all algorithms of a seed begin with, in a folder of nothing else."""
+    shutil.rmtree(target, ignore_errors=True)
+    for name in SHARED:
+        shutil.copytree(source / name, target / name)
+
+
+if __name__ == "__main__":
+    main()
