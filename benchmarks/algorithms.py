@@ -40,6 +40,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "d3po": {"type": "d3po"},
     "raft": {"type": "raft"},
     "supervised": {"type": "raft", "source": "preferences"},
+    "draft": {"type": "draft"},
+    "refl": {"type": "refl"},
 }
 SHARED = ("sample", "judge", "prefer", "reward")
 RISES = (0.1, 0.2, 0.3)
