@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from judges.base import Judge
 from models.generator import NativeGenerator
 from models.keys import sample_key
 from pipeline.mixing import ModelTerm
@@ -25,7 +26,8 @@ from pipeline.pictures import Pictures, pictures_of
 from pipeline.prompts import draw_key
 from pipeline.rl.settings import RefreshSettings
 from pipeline.runner import Context
-from pipeline.stages import judge, prefer, reward, sample
+from pipeline.stages import prefer, reward, sample
+from pipeline.stages.judge import judge_pictures
 from pipeline.store import Artifact, fingerprint, read_rows
 from rewards.backbones import RewardModel, load_model
 from rewards.metrics import pairwise_accuracy
@@ -43,6 +45,7 @@ class Refresh:
 
     Args:
         iterations: of the whole run; after the last there is no refresh.
+        judge: gives whom to ask, when first needed.
     """
 
     def __init__(
@@ -52,9 +55,10 @@ class Refresh:
         generator: NativeGenerator,
         learned: Sequence[tuple[ModelTerm, ModelReward]],
         iterations: int,
+        judge: Callable[[], Judge],
     ):
         self.context, self.settings, self.generator = context, settings, generator
-        self.learned, self.iterations = learned, iterations
+        self.learned, self.iterations, self.judge = learned, iterations, judge
         self.loaded = 0
 
     def due(self, done: int) -> bool:
@@ -112,7 +116,7 @@ class Refresh:
     def _refresh(self, at: int) -> None:
         self.context.log(f"finetune: iteration {at}: refreshing the reward model")
         painted = self._made(at, "sample", {}, lambda inner: self._paint(inner, at))
-        judged = self._made(at, "judge", {"sample": painted}, judge.JUDGE.run)
+        judged = self._made(at, "judge", {"sample": painted}, lambda inner: judge_pictures(inner, self.judge()))
         self._made(at, "reward", {"sample": painted, "judge": judged}, lambda inner: self._learn(inner, at))
 
     def _made(self, at: int, name: str, inputs: Mapping[str, Artifact], run: Callable[[Context], None]) -> Artifact:

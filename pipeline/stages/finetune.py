@@ -5,7 +5,7 @@ pictures of every iteration, on which `evaluate` measures what the reward does n
 """
 
 from collections.abc import Callable, Sequence, Set
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import datasets
@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 import models
 import rewards
+from judges.base import Judge
 from models.paths import schedule
 from pipeline.mixing import MixtureConfig, ModelTerm, RewardChoice, mixture_config
 from pipeline.pictures import pictures_of
@@ -217,8 +218,9 @@ def _run(context: Context) -> None:
     prompts = preferences or config.prompts
     if (checkpoint := artifact.resume / "trainer").is_dir():
         trainer.load(checkpoint)
-    watch = _watch(context, trainer, prompts)
-    refresh = _refresh(context, trainer)
+    judge = _one_judge(context, trainer)
+    watch = _watch(context, trainer, prompts, judge)
+    refresh = _refresh(context, trainer, judge)
     journal = Journal(artifact, accelerator, config.name, trainer.done)
     pending: list[Iteration] = []
 
@@ -338,7 +340,18 @@ def _others(
     return [prompt for prompt in prompts if prompt.id not in but][:count]
 
 
-def _refresh(context: Context, trainer: "Trainer") -> "Refresh | None":
+def _one_judge(context: Context, trainer: "Trainer") -> Callable[[], Judge]:
+    """Gives the run's judge to all who ask: that of the reward where it is one, otherwise a new one."""
+
+    @cache
+    def judge() -> Judge:
+        own = [term.reward.judge for term in trainer.reward.terms if isinstance(term.reward, rewards.JudgeReward)]
+        return own[0] if own else context.config.judge.build(str(context.accelerator.device))
+
+    return judge
+
+
+def _refresh(context: Context, trainer: "Trainer", judge: Callable[[], Judge]) -> "Refresh | None":
     from pipeline.rl.refresh import Refresh
 
     settings: FinetuneConfig = context.config.finetune
@@ -346,19 +359,21 @@ def _refresh(context: Context, trainer: "Trainer") -> "Refresh | None":
         return None
     terms = zip(settings.mixture.terms, trainer.reward.terms, strict=True)
     learned = [(term, built.reward) for term, built in terms if isinstance(term, ModelTerm)]
-    return Refresh(context, settings.refresh, trainer.generator, learned, settings.iterations)
+    return Refresh(context, settings.refresh, trainer.generator, learned, settings.iterations, judge)
 
 
-def _watch(context: Context, trainer: "Trainer", source: PromptSource | Preferences) -> "Watch | None":
+def _watch(
+    context: Context, trainer: "Trainer", source: PromptSource | Preferences, judge: Callable[[], Judge]
+) -> "Watch | None":
     from pipeline.rl.watch import Watch
 
     config, settings = context.config, context.config.finetune.watch
     if settings is None:
         return None
     is_reward = all(isinstance(term.reward, rewards.JudgeReward) for term in trainer.reward.terms)
-    judge = config.judge.build(str(context.accelerator.device)) if settings.judge and not is_reward else None
+    asked = judge() if settings.judge and not is_reward else None
     drawn = (prompt for iteration in range(config.finetune.iterations) for prompt in _drawn(config, source, iteration))
-    return Watch(context, settings, trainer, judge, drawn)
+    return Watch(context, settings, trainer, asked, drawn)
 
 
 def _curve(done: "Iteration") -> dict[str, float | None]:

@@ -71,12 +71,15 @@ def columns_of(verdict: Verdict) -> dict[str, Any]:
 
 
 def _run(context: Context) -> None:
-    config = context.config
+    judge_pictures(context, context.config.judge.build(str(context.accelerator.device)))
+
+
+def judge_pictures(context: Context, judge: Judge) -> None:
+    """Verdicts of `judge` on all pictures of `sample`."""
     pictures = read_rows(context.inputs["sample"])
-    judge = config.judge.build(str(context.accelerator.device))
     groups = [[place for place, _ in rows] for _, rows in groupby(enumerate(pictures["prompt_id"]), lambda row: row[1])]
     with context.progress.track(len(pictures), "images", "judge") as advance:
-        for name, part in shards(context, groups, max(1, config.judge.shard // len(groups[0]))):
+        for name, part in shards(context, groups, max(1, context.config.judge.shard // len(groups[0]))):
             rows = pictures.select([place for group in part for place in group])
             verdicts = _scored(context, judge, [np.asarray(image) for image in rows["image"]], rows["prompt"])
             if verdicts:
