@@ -2,22 +2,23 @@
 
     python -m benchmarks.algorithms configs/shapes.yaml [--only nft awm …] [--seconds 240] [--seeds 2] [key.sub=value …]
 
-All algorithms of one seed share pictures, verdicts, preferences and reward model. What was measured stands in
-`algorithms.json` in the folder of the runs and is not measured again, so a long table can be made bit by bit.
+All algorithms of one seed share pictures, verdicts, preferences and reward model. The pace of each is measured first,
+one after another, and decides how many iterations it gets; so the machine should be idle for that, and need not be for
+the rest. What was measured stands in `algorithms.json` in the folder of the runs and is not measured again.
 """
 
 import argparse
 import json
 import math
 import shutil
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tuning import tuned_for
+from benchmarks.tuning import Pace, pace_of, tuned
 from pipeline.config import Config
 from pipeline.loop import run_dir, run_loop
 from pipeline.progress import quiet_libraries
@@ -49,42 +50,41 @@ SMOOTHED = 9
 """Iterations over which gold on the kept pictures is averaged."""
 
 
-def measured(path: str, overrides: list[str], seconds: float) -> dict[str, Any]:
+def measured(path: str, overrides: list[str], pace: Pace, seconds: float) -> dict[str, Any]:
     """What `seconds` of fine-tuning did."""
-    config, took = tuned_for(path, overrides, seconds)
+    config = tuned(path, overrides, pace.iterations(seconds))
     run_loop(config, only=["evaluate"])
     folder = run_dir(config)
     found = json.loads(Artifact(folder / "evaluate").path("metrics.json").read_text())["generator"]
     course = read_rows(Artifact(folder / "evaluate"), "curves.parquet")
     checks = read_rows(Artifact(folder / "finetune"), "checks-*.parquet")
     last = checks.filter(lambda row: row["iteration"] == max(checks["iteration"]))
-    each = took / config.finetune.iterations
     return {
         "iterations": config.finetune.iterations,
-        "seconds": took,
+        "seconds": pace.seconds(config.finetune.iterations),
         "images": int(sum(course["images"])),
         "gold": [found[model]["gold"] for model in ("base", "tuned")],
         "reward": [found[model]["reward"] for model in ("base", "tuned")],
         "kl": last[0]["kl"],
         "diversity": float(np.mean(distances([np.asarray(image) for image in last["image"]], last["prompt_id"]))),
-        "rises": [_reached(course["gold"], found["base"]["gold"] + rise, each) for rise in RISES],
+        "rises": [_reached(course["gold"], found["base"]["gold"] + rise, pace) for rise in RISES],
         "kept": json.loads(Artifact(folder / "finetune").path("signals.json").read_text())["kept"],
     }
 
 
-def _reached(gold: list[float], wanted: float, each: float) -> float | None:
+def _reached(gold: list[float], wanted: float, pace: Pace) -> float | None:
     """The second at which the smoothed gold of rollouts is at what was wanted; None where it never is."""
     known = np.array([math.nan if value is None else value for value in gold], dtype=float)
     if len(known) < SMOOTHED:
         return None
     smooth = np.convolve(known, np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
     there = np.flatnonzero(smooth >= wanted)
-    return float((there[0] + SMOOTHED) * each) if len(there) else None
+    return pace.seconds(int(there[0]) + SMOOTHED) if len(there) else None
 
 
-def show(rows: dict[str, dict[str, Any]]) -> Table:
-    """A row an algorithm: means over its seeds."""
-    table = Table("algorithm", "seeds", "gold", "reward", "KL", "diversity", "images", "to +10", "+20", "+30 points")
+def show(budget: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """A row an algorithm: means over its seeds, each tuned for so long."""
+    table = Table(f"{budget} of", "seeds", "gold", "reward", "KL", "diversity", "images", "to +10", "+20", "+30 points")
     for name, seeds in rows.items():
         found = list(seeds.values())
         mean = {key: np.mean([one[key] for one in found], axis=0) for key in ("gold", "reward", "kl", "images")}
@@ -116,26 +116,41 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     place = run_dir(load(Config, asked.config, [*asked.overrides, "name=algorithms"])).with_suffix(".json")
-    rows: dict[str, dict[str, Any]] = json.loads(place.read_text()) if place.exists() else {}
+    found = json.loads(place.read_text()) if place.exists() else {}
+    mine = found.setdefault(" ".join(asked.overrides), {"paces": {}, "rows": {}})
+    paces, rows = mine["paces"], mine["rows"].setdefault(f"{asked.seconds:g} s", {})
+
+    def settle() -> None:
+        atomic_write_text(place, json.dumps(found, indent=2) + "\n")
+
+    names = asked.only or list(ALGORITHMS)
+    for name in names:
+        if name not in paces:
+            paces[name] = asdict(pace_of(asked.config, _begun(asked.config, asked.overrides, 0, name)))
+            settle()
     for seed in range(asked.seeds):
-        common = [*asked.overrides, f"seed={seed}"]
-        base = load(Config, asked.config, [*common, f"name=algorithms-{seed}"])
-        run_loop(base, only=list(SHARED))
-        for name in asked.only or ALGORITHMS:
-            if str(seed) in rows.get(name, {}):
-                continue
-            chosen = [*common, f"name=algorithms-{seed}-tuned", f"finetune.algorithm={json.dumps(ALGORITHMS[name])}"]
-            _share(run_dir(base), run_dir(load(Config, asked.config, chosen)))
-            rows.setdefault(name, {})[str(seed)] = measured(asked.config, chosen, asked.seconds)
-            atomic_write_text(place, json.dumps(rows, indent=2) + "\n")
-    Console(width=180).print(show(rows))
+        for name in names:
+            if str(seed) not in rows.get(name, {}):
+                overrides = _begun(asked.config, asked.overrides, seed, name)
+                rows.setdefault(name, {})[str(seed)] = measured(
+                    asked.config, overrides, Pace(**paces[name]), asked.seconds
+                )
+                settle()
+    for budget, of_budget in mine["rows"].items():
+        Console(width=180).print(show(budget, of_budget))
 
 
-def _share(source: Path, target: Path) -> None:
-    """The artifacts that all algorithms of a seed begin with, in a folder of nothing else."""
+def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
+    """Put what all algorithms of a seed begin with into a folder of nothing else; the overrides that name it."""
+    common = [*overrides, f"seed={seed}"]
+    base = load(Config, path, [*common, f"name=algorithms-{seed}"])
+    run_loop(base, only=list(SHARED))
+    chosen = [*common, f"name=algorithms-{seed}-tuned", f"finetune.algorithm={json.dumps(ALGORITHMS[name])}"]
+    target = run_dir(load(Config, path, chosen))
     shutil.rmtree(target, ignore_errors=True)
-    for name in SHARED:
-        shutil.copytree(source / name, target / name)
+    for stage in SHARED:
+        shutil.copytree(run_dir(base) / stage, target / stage)
+    return chosen
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tuning import tuned_for
+from benchmarks import tuning
 from pipeline.assessing.assess import VERB
 from pipeline.config import Config
 from pipeline.loop import run_dir, run_loop
@@ -134,11 +134,13 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def tuned(path: str, overrides: Sequence[str], target: float) -> dict[str, Any]:
     """Gold of the generator, base and tuned for about `target` seconds by the reward that stands in the run."""
-    config, took = tuned_for(path, overrides, target)
+    pace = tuning.pace_of(path, overrides)
+    config = tuning.tuned(path, overrides, pace.iterations(target))
     run_loop(config, only=["evaluate"])
     found = json.loads(Artifact(run_dir(config) / "evaluate").path("metrics.json").read_text())["generator"]
     gold = {name: found[name]["gold"] for name in ("base", "tuned")}
-    return {"iterations": config.finetune.iterations, "seconds": took, **gold}
+    iterations = config.finetune.iterations
+    return {"iterations": iterations, "seconds": pace.seconds(iterations), **gold}
 
 
 def show(rows: dict[str, Any], rates: dict[str, float]) -> Table:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
@@ -11,22 +12,37 @@ from pipeline.settings import load
 _FEW, _MORE = 2, 8
 
 
-def tuned_for(path: str | Path, overrides: Sequence[str], target: float) -> tuple[Config, float]:
-    """Tune the generator of a run for about `target` seconds; the settings with that many iterations, and the seconds.
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that begin and end a training, and those of an iteration; checks of the watch within it come on top."""
 
-    Two short trainings tell what begins and ends one, and what an iteration takes; one before them compiles.
-    """
+    start: float
+    each: float
 
-    def settings(iterations: int) -> Config:
-        return load(Config, path, [*overrides, f"finetune.iterations={iterations}"])
+    def iterations(self, seconds: float) -> int:
+        """As many as fit into so many seconds."""
+        return max(1, round((seconds - self.start) / self.each))
+
+    def seconds(self, iterations: int) -> float:
+        return self.start + self.each * iterations
+
+
+def pace_of(path: str | Path, overrides: Sequence[str]) -> Pace:
+    """That of a run, from two short trainings after one that compiles."""
 
     def spent(iterations: int) -> float:
         started = time.perf_counter()
-        run_loop(settings(iterations), only=["finetune"])
+        tuned(path, overrides, iterations)
         return time.perf_counter() - started
 
     spent(1)
     few, more = spent(_FEW), spent(_MORE)
     each = max((more - few) / (_MORE - _FEW), 1e-3)
-    iterations = max(1, round((target - few) / each))
-    return settings(iterations), spent(iterations)
+    return Pace(max(0.0, few - _FEW * each), each)
+
+
+def tuned(path: str | Path, overrides: Sequence[str], iterations: int) -> Config:
+    """Tune the generator of a run by so many iterations; the settings it was done with."""
+    config = load(Config, path, [*overrides, f"finetune.iterations={iterations}"])
+    run_loop(config, only=["finetune"])
+    return config
