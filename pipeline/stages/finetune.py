@@ -5,6 +5,7 @@ pictures of every iteration, on which `evaluate` measures what the reward does n
 """
 
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -90,6 +91,7 @@ class FinetuneConfig(TrainerSettings):
         kept_images: pictures of each iteration that are kept, to measure on.
         save_every: iterations between two checkpoints.
         watch: checks for signs that the reward is hacked, which can end the training; none where it is null.
+        seed: of prompts and noise; the run's where it is null. Another one repeats the training on the same reward.
         trackers: who is told the curves besides `log.jsonl`; their files are in `trackers/` of the run.
     """
 
@@ -100,6 +102,7 @@ class FinetuneConfig(TrainerSettings):
     kept_images: int = Field(24, ge=0)
     save_every: int = Field(10, ge=1)
     watch: WatchSettings | None = WatchSettings()
+    seed: int | None = None
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
 
     @model_validator(mode="after")
@@ -206,8 +209,10 @@ def _work(config: Any) -> Work:
 def _run(context: Context) -> None:
     from pipeline.rl.trainer import Iteration, Trainer
 
+    settings: FinetuneConfig = context.config.finetune
+    if settings.seed is not None:
+        context = replace(context, config=context.config.model_copy(update={"seed": settings.seed}))
     config, artifact = context.config, context.artifact
-    settings: FinetuneConfig = config.finetune
     generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
     reward = settings.mixture.build(context)
     preferences = preferences_of(context, generator) if settings.algorithm.offline else None
