@@ -72,12 +72,13 @@ def main() -> None:
     base = load(Config, asked.config, common)
     run_loop(base, only=["sample", "judge", "prefer", "reward"])
     place = run_dir(base) / "alarm.json"
-    rows: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    found = json.loads(place.read_text()) if place.exists() else {"iterations": None, "runs": {}}
+    rows: dict[str, Any] = found["runs"]
 
     def keep(name: str, overrides: list[str], iterations: int) -> None:
         if name not in rows:
             rows[name] = checks(tuned(asked.config, overrides, iterations))
-            atomic_write_text(place, json.dumps(rows, indent=2) + "\n")
+            atomic_write_text(place, json.dumps(found, indent=2) + "\n")
 
     bright = {"terms": [{"type": "judge"}, {"type": "rule", "statistic": "brightness", "weight": BRIGHT}]}
     for name, algorithm in HACKED.items():
@@ -85,12 +86,12 @@ def main() -> None:
             of_run = [f"finetune.reward={json.dumps(bright)}", f"finetune.algorithm={json.dumps(algorithm)}"]
             keep(name, [*common, *of_run, f"finetune.watch.every={EVERY}"], ITERATIONS)
     if CLEAN in asked.only:
-        iterations = rows.get("iterations") or pace_of(asked.config, common).iterations(CLEAN_SECONDS)
-        rows["iterations"] = iterations
+        iterations = found["iterations"] or pace_of(asked.config, common).iterations(CLEAN_SECONDS)
+        found["iterations"] = iterations
         for seed in range(asked.runs):
             of_run = [f"finetune.seed={seed}", f"finetune.watch.every={max(1, iterations // 3)}"]
             keep(f"{CLEAN} {seed}", [*common, *of_run], iterations)
-    Console(width=160).print(show({name: row for name, row in rows.items() if name != "iterations"}))
+    Console(width=160).print(show(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which algorithm moves the same generator furthest by the same reward in the same time: docs/algorithms.md.
+"""Which algorithm moves the same generator furthest by the same reward in the same time.
 
     python -m benchmarks.algorithms configs/shapes.yaml [--only nft awm …] [--seconds 240] [--seeds 2] [key.sub=value …]
 

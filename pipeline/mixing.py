@@ -122,13 +122,18 @@ class CheckpointTerm(ReadTerm):
         return f"checkpoint {self.path}"
 
     def depends(self) -> dict[str, Any]:
-        if not (Path(self.path) / "reward.json").is_file():
-            raise UserError(f"finetune.reward: {self.path} holds no reward model (no reward.json in it)")
+        self._settings()
         return {"path": hash_path(self.path)}
 
     def backbone(self, model: RewardConfig) -> str:
-        self.depends()
-        return json.loads((Path(self.path) / "reward.json").read_text(encoding="utf-8"))["type"]
+        return self._settings()["type"]
+
+    def _settings(self) -> dict[str, Any]:
+        """What the model was saved with, read without importing what would load it."""
+        path = Path(self.path) / "reward.json"
+        if not path.is_file():
+            raise UserError(f"finetune.reward: {self.path} holds no reward model (no reward.json in it)")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def build(self, context: Context) -> "rewards.ModelReward":
         return self.loaded(context, Path(self.path), self.temperature)

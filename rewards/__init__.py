@@ -22,7 +22,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "RewardModel",
             "load_model",
         ],
-        "mixture": ["Mixture", "Normaliser", "Term", "mixture_of"],
+        "mixture": ["Mixture", "Term", "mixture_of"],
+        "normalising": ["Normaliser"],
         "reward": [
             "GoldReward",
             "JudgeReward",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.generator import NativeGenerator
-from rewards.backbones import LatentReward
+from rewards.backbones import LatentReward, RewardModel
 from rewards.mixture import Mixture
 from rewards.reward import ModelReward
 
@@ -33,17 +33,17 @@ class Gradient:
                     f"reward: {term.name} has no gradient; take a reward model that reads pixels or latents"
                 )
         self.terms, self.generator = mixture.terms, generator
+        self._reads_latents = [_has_codec(term.reward.model, generator) for term in self.terms]
         self._blank()
 
     def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
         """Values (B,) of `latents` (B, ...), each under its prompt."""
-        return sum(term.weight * self._value(term.reward, latents, prompts) for term in self.terms)
-
-    def _value(self, reward: ModelReward, latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        model = reward.model
-        if isinstance(model, LatentReward) and _same(model.codec.state_dict(), self.generator.codec.state_dict()):
-            return reward.value(latents, prompts)
-        return reward.value(model.look(model.read(self.generator.pixels(latents))), prompts)
+        found = []
+        for term, reads_latents in zip(self.terms, self._reads_latents, strict=True):
+            model = term.reward.model
+            seen = latents if reads_latents else model.look(model.read(self.generator.pixels(latents)))
+            found.append(term.weight * term.reward.value(seen, prompts))
+        return sum(found)
 
     @torch.no_grad()
     def _blank(self) -> None:
@@ -57,5 +57,9 @@ class Gradient:
                 raise ValueError(f"reward: {term.name}: {error}") from None
 
 
-def _same(codec: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def _has_codec(model: RewardModel, generator: NativeGenerator) -> bool:
+    """Whether `model` reads latents, and they are the generator's."""
+    if not isinstance(model, LatentReward):
+        return False
+    codec, other = model.codec.state_dict(), generator.codec.state_dict()
     return codec.keys() == other.keys() and all(torch.equal(codec[name], other[name]) for name in codec)

@@ -1,6 +1,8 @@
 """The direction of imports: models and judges see nobody, rewards sees both, pipeline sees all."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -52,3 +54,10 @@ def test_every_package_is_listed_for_installation():
     text = (HOME / "pyproject.toml").read_text()
     packages = {module(path) for path in FILES if path.name == "__init__.py"}
     assert {name for name in packages if f'"{name}"' not in text} == set()
+
+
+def test_a_misspelt_setting_does_not_wait_for_the_models():
+    """What the settings of every stage are made of must not bring in what only their work needs."""
+    asked = "import sys, pipeline.config; print(*({'transformers', 'trl', 'peft', 'diffusers'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", asked], cwd=HOME, capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == []

@@ -21,7 +21,8 @@ from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
 from pipeline.settings import UserError
-from rewards.mixture import Mixture, Normaliser, Term
+from rewards.mixture import Mixture, Term
+from rewards.normalising import Normaliser
 from rewards.reward import Rewards
 from rewards.rules import RuleReward
 

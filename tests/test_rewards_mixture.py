@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rewards.losses import Scores
-from rewards.mixture import LEAST_STD, Mixture, Moments, Normaliser, Term, mixture_of
+from rewards.mixture import Mixture, Term, mixture_of
+from rewards.normalising import LEAST_STD, Moments, Normaliser
 from rewards.reward import Reading, Rewards
 from rewards.rules import RuleReward
 from rewards.shortcuts import statistics

@@ -58,6 +58,18 @@ class Velocities:
     reward: Callable[[Tensor], Tensor] | None = None
     average: Tensor | None = None
 
+    @property
+    def moved(self) -> Tensor:
+        """The mean square of what the policy has moved from the reference, (M,); 0 where there is none."""
+        if self.reference is None:
+            return self.policy.new_zeros(len(self.policy))
+        return apart(self.policy, self.reference)
+
+
+def apart(v: Tensor, other: Tensor) -> Tensor:
+    """Mean square difference of velocities (M, ...), (M,)."""
+    return (v - other).square().flatten(1).mean(1)
+
 
 @dataclass(frozen=True)
 class Loss:

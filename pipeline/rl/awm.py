@@ -26,17 +26,15 @@ from pydantic import Field
 from torch import Tensor
 
 from models.paths import velocity
-from pipeline.rl.advantage import Advantages, Scale, group_advantages
-from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities
-from pipeline.rl.forward import forward_draws
-from pipeline.rl.rollout import Plan, Rollout
-from pipeline.rl.settings import AlgorithmSettings
+from pipeline.rl.algorithm import Examples, Loss, Velocities, apart
+from pipeline.rl.forward import Forward, ForwardSettings
+from pipeline.rl.rollout import Rollout
 
 _LEAST = 1e-10
 
 
-class AWMConfig(AlgorithmSettings):
-    """`draws` noisy copies of each picture, at times spread evenly; `huber` is the power of the squared error."""
+class AWMConfig(ForwardSettings):
+    """`huber` is the power of the squared error; `kl_average` weighs |v - v_average|^2."""
 
     type: Literal["awm"] = "awm"
     draws: int = Field(4, ge=1)
@@ -44,8 +42,6 @@ class AWMConfig(AlgorithmSettings):
     clip: float = Field(1.0, gt=0)
     kl: float = Field(0.003, ge=0)
     kl_average: float = Field(0.01, ge=0)
-    advantage_scale: Scale = "global"
-    advantage_limit: float = Field(5.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -56,28 +52,23 @@ class Matched(Examples):
     gain: Tensor
 
 
-class AWM(Algorithm):
+class AWM(Forward):
     """The algorithm as the trainer sees it."""
 
-    needs_old = True
+    config: AWMConfig
 
     def __init__(self, config: AWMConfig):
-        self.config = config
-        self.needs_reference = config.kl > 0
+        super().__init__(config)
         self.needs_average = config.kl_average > 0
-
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan(steps, shift, "ode", 0.0, 0, 0, siblings)
-
-    def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
-        return group_advantages(rewards_PK, valid_PK, self.config.advantage_scale, self.config.advantage_limit)
 
     def examples(
         self, rollout: Rollout, advantages_PK: Tensor, ids: Sequence[str], seed: Sequence[str | int]
     ) -> Sequence[Matched]:
         x0, gain = rollout.latents, advantages_PK.flatten() / self.config.advantage_limit
-        draws = forward_draws(x0, ids, rollout.plan.numbers, self.config.draws, seed)
-        return [Matched(draw.x_t, draw.t, draw.prompt, velocity(x0, draw.noise), gain) for draw in draws]
+        return [
+            Matched(draw.x_t, draw.t, draw.prompt, velocity(x0, draw.noise), gain)
+            for draw in self.drawn(rollout, ids, seed)
+        ]
 
     def loss(self, examples: Matched, v: Velocities) -> Loss:
         config = self.config
@@ -85,20 +76,13 @@ class AWM(Algorithm):
         ratio = change.exp()
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         total = -torch.minimum(ratio * examples.gain, clipped * examples.gain)
-        kl = torch.zeros_like(total)
-        if v.reference is not None:
-            kl = _apart(v.policy, v.reference)
         if v.average is not None:
-            total = total + config.kl_average * _apart(v.policy, v.average)
+            total = total + config.kl_average * apart(v.policy, v.average)
         outside = ((ratio - 1).abs() > config.clip).float()
+        kl = v.moved
         return Loss(total + config.kl * kl, kl.detach(), outside.detach(), ratio_error=(ratio - 1).abs().detach())
 
     def _likelihood(self, examples: Matched, v: Tensor) -> Tensor:
         """What stands for log p of each picture, (M,)."""
         power = self.config.huber
-        return -examples.t * ((_apart(v, examples.target) + _LEAST) ** power - _LEAST**power) / power
-
-
-def _apart(v: Tensor, other: Tensor) -> Tensor:
-    """Mean square difference of velocities, (M,)."""
-    return (v - other).square().flatten(1).mean(1)
+        return -examples.t * ((apart(v, examples.target) + _LEAST) ** power - _LEAST**power) / power

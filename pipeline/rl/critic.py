@@ -4,8 +4,7 @@ Painting is a Markov decision process whose states are (x_t, t, prompt) (DDPO, 2
 a small head on what the base generator, its adapter off, makes of a state: the base already knows which picture it is
 about to paint, and from what it was told, while a network of the critic's own would have to learn to see first. Such
 features do not move while the policy does, so those of the rollout serve every update, and the gradient of the critic
-reaches nothing else. What this leaves out: features of several layers, and where in the picture something is. A head
-on each image token, averaged, foretold a little more, at many times the memory.
+reaches nothing else. What this leaves out: features of several layers, and where in the picture something is.
 
 Shapes: M states, W width, H hidden units, F successors of a state, T steps, N paths.
 """
@@ -19,8 +18,8 @@ class Critic(nn.Module):
     """Values (M,) of states, given `models.generator`'s features of them (M, 2, `width`).
 
     Time and prompt, the second of the features, scale and shift what is read of the first (FiLM, 1709.07871): one head
-    serves all noise levels, and whether a picture is right depends on its prompt. A head that read both side by side
-    learned several times more slowly. At first all values are 0; the other weights depend on `seed` alone.
+    serves all noise levels, and whether a picture is right depends on its prompt. At first all values are 0; the other
+    weights depend on `seed` alone.
     """
 
     def __init__(self, width: int, hidden: int, seed: int):

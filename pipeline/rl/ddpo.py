@@ -27,7 +27,7 @@ from pipeline.rl.algorithm import Algorithm, Loss, Velocities
 from pipeline.rl.grpo import GRPO, GRPOConfig, Steps
 from pipeline.rl.rollout import Plan, Rollout
 from pipeline.rl.settings import AlgorithmSettings
-from rewards.mixture import LEAST_STD
+from rewards.normalising import LEAST_STD
 
 
 class PathConfig(AlgorithmSettings):

@@ -117,7 +117,7 @@ class DPO(Algorithm):
         self.config, self.preferences = config, preferences
 
     def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan(steps, shift, "ode", 0.0, 0, 0, siblings)
+        return Plan.ode(steps, shift, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         if self.preferences:
@@ -147,6 +147,6 @@ class DPO(Algorithm):
     def loss(self, examples: Pairs, v: Velocities) -> Loss:
         away = examples.errors(v.policy) - examples.errors(v.reference)
         total, z = preference_loss(away, examples.label, self.config.strength)
-        kl = (v.policy - v.reference).square().flatten(1).mean(1)
+        kl = v.moved
         right = ((z > 0) == (examples.label > 0.5)).float()
         return Loss(total + self.config.kl * kl, kl.detach(), torch.zeros_like(kl), {"preference_accuracy": right})

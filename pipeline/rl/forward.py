@@ -1,14 +1,22 @@
-"""The forward process, for algorithms that need no trajectories: finished pictures noised to drawn times."""
+"""The forward process, for algorithms that need no trajectories: finished pictures noised to drawn times.
+
+`Forward` is what algorithms have in common that weigh such pictures by their advantage in the group.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from models.keys import sample_key
 from models.paths import noised
 from models.samplers import keyed_noise
+from pipeline.rl.advantage import Advantages, Scale, group_advantages
+from pipeline.rl.algorithm import Algorithm
+from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.settings import AlgorithmSettings
 
 EARLIEST, LATEST = 0.02, 0.98
 """Between these times velocities are asked for: at the ends of the path one of its two sides tells nothing."""
@@ -49,3 +57,32 @@ def forward_draws(
         keys = [sample_key(*seed, i, k, "draw", draw) for i in ids for k in siblings]
         t, noise = drawn(keys, draw, draws, x0.shape[1:], x0.device)
         yield Draw(noised(x0, noise, t), t, prompt, noise)
+
+
+class ForwardSettings(AlgorithmSettings):
+    """`draws` noisy copies of each picture, at times spread evenly; `kl` weighs |v - v_ref|^2."""
+
+    draws: int = Field(2, ge=1)
+    kl: float = Field(1e-4, ge=0)
+    advantage_scale: Scale = "global"
+    advantage_limit: float = Field(5.0, gt=0)
+
+
+class Forward(Algorithm):
+    """Pictures by the ODE, their advantages in the group, and copies of them noised."""
+
+    needs_old = True
+
+    def __init__(self, config: ForwardSettings):
+        self.config = config
+        self.needs_reference = config.kl > 0
+
+    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
+        return Plan.ode(steps, shift, siblings)
+
+    def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
+        return group_advantages(rewards_PK, valid_PK, self.config.advantage_scale, self.config.advantage_limit)
+
+    def drawn(self, rollout: Rollout, ids: Sequence[str], seed: Sequence[str | int]) -> Iterator[Draw]:
+        """The pictures noised, `draws` times."""
+        return forward_draws(rollout.latents, ids, rollout.plan.numbers, self.config.draws, seed)

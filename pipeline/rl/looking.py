@@ -99,7 +99,7 @@ def painted(trainer: Trainer, mine: Sequence[Wanted], seed: int, siblings: int) 
     """Pictures (N, H, W, 3) uint8 by the ODE from noise keyed by seed, prompt and sample, and what those of held-out
     prompts, which come first, say of the KL, which is the mean of that in nats. The policy is `trainer.averaged`."""
     generator, settings = trainer.generator, trainer.settings
-    plan = Plan(settings.steps, settings.shift, "ode", 0.0, 0, 0, siblings=1)
+    plan = Plan.ode(settings.steps, settings.shift, siblings=1)
     ids = [f"{one.prompt.id}/{one.sample}" for one in mine]
     with trainer.averaged():
         cond = generator.encode([one.prompt.text for one in mine])

@@ -19,66 +19,47 @@ from pydantic import Field
 from torch import Tensor
 
 from models.paths import endpoints
-from pipeline.rl.advantage import Advantages, Scale, group_advantages
-from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities
-from pipeline.rl.forward import forward_draws
-from pipeline.rl.rollout import Plan, Rollout
-from pipeline.rl.settings import AlgorithmSettings
+from pipeline.rl.algorithm import Examples, Loss, Velocities
+from pipeline.rl.forward import Forward, ForwardSettings
+from pipeline.rl.rollout import Rollout
 
 
-class NFTConfig(AlgorithmSettings):
-    """`draws` noisy copies of each picture, at times spread evenly; `kl` weighs |v - v_ref|^2."""
+class NFTConfig(ForwardSettings):
+    """`beta` is how far the policy is extrapolated either way."""
 
     type: Literal["nft"] = "nft"
     beta: float = Field(1.0, gt=0)
-    draws: int = Field(2, ge=1)
-    kl: float = Field(1e-4, ge=0)
-    advantage_scale: Scale = "global"
-    advantage_limit: float = Field(5.0, gt=0)
 
 
 @dataclass(frozen=True)
-class Forward(Examples):
+class Rated(Examples):
     """Pictures `x0` (M, ...) noised, and the share `r` (M,) of each that counts as good."""
 
     x0: Tensor
     r: Tensor
 
 
-class NFT(Algorithm):
+class NFT(Forward):
     """The algorithm as the trainer sees it."""
 
-    needs_old = True
-
-    def __init__(self, config: NFTConfig):
-        self.config = config
-        self.needs_reference = config.kl > 0
-
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan(steps, shift, "ode", 0.0, 0, 0, siblings)
-
-    def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
-        return group_advantages(rewards_PK, valid_PK, self.config.advantage_scale, self.config.advantage_limit)
+    config: NFTConfig
 
     def examples(
         self, rollout: Rollout, advantages_PK: Tensor, ids: Sequence[str], seed: Sequence[str | int]
-    ) -> Sequence[Forward]:
+    ) -> Sequence[Rated]:
         x0, r = rollout.latents, 0.5 + advantages_PK.flatten() / (2 * self.config.advantage_limit)
-        draws = forward_draws(x0, ids, rollout.plan.numbers, self.config.draws, seed)
-        return [Forward(draw.x_t, draw.t, draw.prompt, x0, r) for draw in draws]
+        return [Rated(draw.x_t, draw.t, draw.prompt, x0, r) for draw in self.drawn(rollout, ids, seed)]
 
-    def loss(self, examples: Forward, v: Velocities) -> Loss:
+    def loss(self, examples: Rated, v: Velocities) -> Loss:
         beta = self.config.beta
         good = _error((1 - beta) * v.old + beta * v.policy, examples)
         bad = _error((1 + beta) * v.old - beta * v.policy, examples)
         total = (examples.r * good + (1 - examples.r) * bad) / beta
-        kl = torch.zeros_like(total)
-        if v.reference is not None:
-            kl = (v.policy - v.reference).square().flatten(1).mean(1)
+        kl = v.moved
         return Loss(total + self.config.kl * kl, kl.detach(), torch.zeros_like(total))
 
 
-def _error(v: Tensor, examples: Forward) -> Tensor:
+def _error(v: Tensor, examples: Rated) -> Tensor:
     """Mean square error of the x0 that `v` points to, divided by its mean size, (M,)."""
     away = (endpoints(examples.x_t, v, examples.t)[0] - examples.x0).flatten(1)
     return away.square().mean(1) / away.detach().abs().mean(1).clamp(min=1e-5)

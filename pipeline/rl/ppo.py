@@ -33,7 +33,7 @@ from pipeline.rl.ddpo import PathConfig
 from pipeline.rl.grpo import GRPO, Steps
 from pipeline.rl.rollout import Plan, Rollout
 from pipeline.settings import Section
-from rewards.mixture import Normaliser
+from rewards.normalising import Normaliser
 
 
 class CriticSettings(Section):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.paths import velocity
 from pipeline.rl.advantage import Advantages, group_advantages, unrated
-from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities
+from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities, apart
 from pipeline.rl.forward import forward_draws
 from pipeline.rl.preferred import Preferences
 from pipeline.rl.rollout import Plan, Rollout
@@ -72,7 +72,7 @@ class RAFT(Algorithm):
         self.needs_reference = config.kl > 0
 
     def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan(steps, shift, "ode", 0.0, 0, 0, siblings)
+        return Plan.ode(steps, shift, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         """Ranks within the group, K for the best; 0 where there is no reward."""
@@ -98,8 +98,5 @@ class RAFT(Algorithm):
         return [Chosen(draw.x_t, draw.t, draw.prompt, velocity(x0, draw.noise)) for draw in draws]
 
     def loss(self, examples: Chosen, v: Velocities) -> Loss:
-        error = (v.policy - examples.target).square().flatten(1).mean(1)
-        kl = torch.zeros_like(error)
-        if v.reference is not None:
-            kl = (v.policy - v.reference).square().flatten(1).mean(1)
+        error, kl = apart(v.policy, examples.target), v.moved
         return Loss(error + self.config.kl * kl, kl.detach(), torch.zeros_like(error))

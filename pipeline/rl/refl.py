@@ -98,7 +98,7 @@ class DirectReward(Algorithm):
         else:
             drawn = random.Random(sample_key(seed, "late", iteration)).randint(1, self.config.late)
             kept = steps - drawn
-        return Plan(steps, shift, "ode", 0.0, 0, 0, siblings, kept=kept)
+        return Plan.ode(steps, shift, siblings, kept)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         return unrated(rewards_PK)
@@ -118,7 +118,5 @@ class DirectReward(Algorithm):
         reward = v.reward(x0)
         hinge = self.config.hinge if isinstance(self.config, ReFLConfig) else None
         total = -reward if hinge is None else (hinge - reward).clamp(min=0)
-        kl = torch.zeros_like(total)
-        if v.reference is not None:
-            kl = (v.policy - v.reference).square().flatten(1).mean(1)
+        kl = v.moved
         return Loss(total + self.config.kl * kl, kl.detach(), torch.zeros_like(total))

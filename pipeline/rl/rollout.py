@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class Plan:
     fans: tuple[int, ...] | None = None
     first: int = 0
     kept: int | None = None
+
+    @classmethod
+    def ode(cls, steps: int, shift: float, siblings: int, kept: int | None = None) -> Self:
+        """With no stochastic step."""
+        return cls(steps, shift, "ode", 0.0, 0, 0, siblings, kept=kept)
 
     @property
     def numbers(self) -> range:

@@ -33,7 +33,8 @@ from pipeline.rl.shares import Share, assembled, share_of
 from pipeline.settings import UserError
 from pipeline.training import Average, load_state, save_state, trapezoid
 from rewards.gradients import Gradient
-from rewards.mixture import Normaliser, mixture_of
+from rewards.mixture import mixture_of
+from rewards.normalising import Normaliser
 from rewards.reward import Reward
 
 

@@ -43,6 +43,7 @@ class Scores:
         return [replace(self, mean=head, heads=None) for head in self.heads.unbind(1)]
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Scores":
+        """All of it there, in that precision."""
         return Scores(**{name: None if part is None else part.to(device, dtype) for name, part in vars(self).items()})
 
     def __getitem__(self, rows: Sequence[int] | slice) -> "Scores":
