@@ -9,8 +9,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["lora"],
     submod_attrs={
-        "generator": ["Conditioning", "Generator", "NativeGenerator", "load_generator", "sample"],
-        "inversion": ["invert"],
+        "generator": ["Conditioning", "Generator", "NativeGenerator", "sample"],
+        "guidance": ["Guidance"],
+        "inversion": ["Inversion", "invert"],
         "keys": ["sample_key"],
+        "loading": ["load_generator"],
     },
 )

@@ -4,121 +4,262 @@ A generator encodes prompts, predicts the velocity of latents, and decodes laten
 and codec stay frozen; algorithms touch `transformer` alone.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+import copy
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from models import lora as adapters
-from models.codec import Codec, to_images, to_pixels
-from models.mmdit import MMDiT
-from models.paths import schedule
-from models.samplers import keyed_noise, ode
+from models.codec import PATCH, Codec, to_images, to_pixels
+from models.guidance import NO_GUIDANCE, Guidance, guided
+from models.keys import sample_key
+from models.layers import Backbone
+from models.networks import load_network
+from models.paths import FLOW, Parametrisation, schedule
+from models.samplers import STOCHASTIC, keyed_noise, walk
+from models.text import load_encoder, memory
 
 _PARTS = ("transformer", "codec", "text_encoder", "tokenizer")
+_PARAMETRISATION = "parametrisation.json"
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a prompt becomes for the network: text tokens (B, L, W_text)."""
+    """What prompts become for the network: text tokens (B, L, W_text), and by name what else a family wants, B rows."""
 
     tokens: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: slice | Tensor) -> "Conditioning":
-        return replace(self, tokens=self.tokens[index])
+        return self.map(lambda values: values[index])
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """With `change` done to every tensor."""
+        return Conditioning(change(self.tokens), {name: change(value) for name, value in self.more.items()})
 
     def repeated(self, count: int) -> "Conditioning":
         """Each row `count` times in a row."""
-        return replace(self, tokens=self.tokens.repeat_interleave(count, 0))
+        return self.map(lambda values: values.repeat_interleave(count, 0))
 
     @staticmethod
     def joined(parts: "Sequence[Conditioning]") -> "Conditioning":
         """The rows of all, one after another."""
-        return replace(parts[0], tokens=torch.cat([part.tokens for part in parts]))
+        more = {name: torch.cat([part.more[name] for part in parts]) for name in parts[0].more}
+        return Conditioning(torch.cat([part.tokens for part in parts]), more)
 
 
-class Generator(Protocol):
-    """The contract; times run from 1 (noise) to 0 (data) on the path of `models.paths`."""
+class Generator(ABC):
+    """The contract; times run from noise (1, or a little less) to 0 (data) on the path of `models.paths`.
+
+    A model that was trained on another path is brought to this one, see `models.adapters.diffusion`.
+
+    Attributes:
+        transformer: the network that algorithms tune; text encoders and codec stay frozen.
+        lora_targets: names, or endings of names, of the layers that an adapter is put on by default.
+        lora_prefix: what the names in a saved adapter begin with, see `models.lora`.
+        vp: whether the network was trained on a variance preserving path; `models.inversion` goes back along that.
+    """
 
     transformer: nn.Module
     lora_targets: tuple[str, ...]
+    lora_prefix: str | None = None
+    vp: bool = False
 
     @property
-    def latent_shape(self) -> tuple[int, ...]: ...
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one picture."""
+
     @property
-    def feature_width(self) -> int: ...
-    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
-    def predict(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor: ...
-    def features(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor: ...
-    def pixels(self, latents: Tensor) -> Tensor: ...
-    def decode(self, latents: Tensor) -> np.ndarray: ...
-    def latents(self, images: np.ndarray) -> Tensor: ...
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """What is used beside `transformer` and never learns: text encoders and codec."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self: ...
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """What prompts become, a row each; a row does not depend on the others."""
+
+    @abstractmethod
+    def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """The velocity at `x_t` (B, ...) by `network`, `transformer` or a twin of it; `t` is a float or (B,)."""
+
+    def predict(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """The velocity by `transformer`."""
+        return self.velocity(self.transformer, x_t, t, cond)
+
+    def times(self, steps: int, shift: float) -> list[float]:
+        """`steps` + 1 times from noise to 0."""
+        return schedule(steps, shift)
+
+    def prior_std(self, t: float) -> float:
+        """Of the latents at `t`, the first of `times`, from which pictures are painted: data have variance 1."""
+        return math.hypot(1 - t, t)
+
+    @abstractmethod
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What `decode` rounds to pictures: (B, 3, H, W) in [-1, 1], with a gradient."""
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pictures: uint8 (B, H, W, 3)."""
+        return to_images(self.pixels(latents))
+
+    @abstractmethod
+    def latents(self, images: np.ndarray) -> Tensor:
+        """Latents (B, ...) of pictures, uint8 (B, H, W, 3)."""
+
+    @property
+    def feature_width(self) -> int:
+        """Of `features`. Raises NotImplementedError where the family has none."""
+        raise NotImplementedError
+
+    def features(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """What the network makes of `x_t` at `t`, for a small head to read: (B, 2, `feature_width`)."""
+        raise NotImplementedError
 
 
-class NativeGenerator:
-    """An MM-DiT on a codec's latents with a small text encoder, saved as diffusers and transformers folders."""
+class NativeGenerator(Generator):
+    """One of our networks on a codec's latents with a small text model, saved as diffusers and transformers folders.
 
-    lora_targets = ("modulation", "qkv", "out", "mlp_in", "mlp_out", "text_in", "pooled_in")
+    Attributes:
+        side: of the latents; the size that the transformer was trained on, see `at`.
+        parametrisation: what the transformer predicts, and on which path.
+        guidance, negative: how far `velocity` is moved away from that of which prompt.
+    """
 
-    def __init__(self, transformer: MMDiT, codec: Codec, text_encoder: BertModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        transformer: Backbone,
+        codec: Codec,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        parametrisation: Parametrisation = FLOW,
+        guidance: Guidance = NO_GUIDANCE,
+        negative: str = "",
+    ):
         self.transformer, self.codec = transformer, codec
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.parametrisation, self.guidance, self.negative = parametrisation, guidance, negative
+        self.vp = parametrisation.path != "flow"
+        self.side: int = transformer.config.size
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "NativeGenerator":
-        """Load from a local folder. Raises FileNotFoundError naming the part that is missing."""
+    def from_pretrained(
+        cls, folder: str | Path, guidance: Guidance = NO_GUIDANCE, negative: str = ""
+    ) -> "NativeGenerator":
+        """Load from a local folder, whichever network it holds.
+
+        Raises:
+            FileNotFoundError: a part is missing; the line names it.
+            ValueError: the weights are not those of the network that the folder names, see `load_network`.
+        """
         for part in _PARTS:
             if not (Path(folder) / part).is_dir():
                 raise FileNotFoundError(f"{folder}: holds no generator (no {part}/ in it)")
         transformer, codec, text_encoder, tokenizer = (Path(folder) / part for part in _PARTS)
         return cls(
-            MMDiT.from_pretrained(transformer).eval().requires_grad_(False),
+            load_network(transformer),
             Codec.from_pretrained(codec).eval().requires_grad_(False),
-            BertModel.from_pretrained(text_encoder, add_pooling_layer=False).eval().requires_grad_(False),
+            load_encoder(text_encoder).eval().requires_grad_(False),
             AutoTokenizer.from_pretrained(tokenizer),
+            _parametrisation_in(Path(folder)),
+            guidance,
+            negative,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
         for part in _PARTS:
             getattr(self, part).save_pretrained(Path(folder) / part)
+        if self.parametrisation != FLOW:
+            (Path(folder) / _PARAMETRISATION).write_text(json.dumps(asdict(self.parametrisation)) + "\n")
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        config = self.transformer.config
-        return config.channels, config.size, config.size
+        return self.transformer.config.channels, self.side, self.side
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return self.transformer.lora_targets
+
+    def at(self, side: int) -> "NativeGenerator":
+        """The same generator, its parts shared, for pictures of `side` x `side` pixels.
+
+        Raises ValueError where they cannot be cut into the codec's and the transformer's patches.
+        """
+        cell = PATCH * self.transformer.config.patch
+        if side < cell or side % cell:
+            raise ValueError(f"side: {side} pixels are no multiple of {cell}, the pixels of a patch")
+        other = copy.copy(self)
+        other.side = side // PATCH
+        return other
 
     @property
     def device(self) -> torch.device:
         return self.text_encoder.device
 
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        return self.codec, self.text_encoder
+
     def to(self, device: torch.device | str) -> "NativeGenerator":
-        self.transformer.to(device)
-        self.codec.to(device)
-        self.text_encoder.to(device)
+        for module in (self.transformer, *self.frozen):
+            module.to(device)
         return self
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Every prompt is padded to the encoder's full length, so its tokens do not depend on its batch."""
+    def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
+        """Every prompt is padded to the text model's full length, so its tokens do not depend on its batch."""
         length = self.text_encoder.config.max_position_embeddings
-        tokens = self.tokenizer(
+        return self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self.device)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        tokens = self.tokens(prompts)
+        if self.transformer.reads_language_model:
+            return Conditioning(memory(self.text_encoder, tokens.input_ids, tokens.attention_mask))
         encoded = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return Conditioning(encoded.last_hidden_state)
 
-    def predict(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-        """The velocity at `x_t` (B, C, S, S); `t` is a float or (B,)."""
+    def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """With classifier-free guidance where there is any, both predictions in one batch."""
+        predict = partial(self._positive, network)
+        if not self.guidance.needs_negative:
+            return predict(x_t, t, cond)
+        negative = self.encode([self.negative]).repeated(len(x_t))
+        return guided(predict, x_t, t, cond, negative, self.guidance.at(t))
+
+    def _positive(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
         times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
-        return self.transformer(x_t, times, cond.tokens)
+        return self.parametrisation.velocity(lambda x, time: self.asked(network, x, time, cond), x_t, times)
+
+    def asked(self, network: nn.Module, x: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+        """What `network` predicts at `x` (B, ...) and `times` (B,) of its own path."""
+        return network(x, times, cond.tokens)
+
+    def times(self, steps: int, shift: float) -> list[float]:
+        return self.parametrisation.times(steps, shift)
 
     @property
     def feature_width(self) -> int:
@@ -130,16 +271,12 @@ class NativeGenerator:
         The mean of the normalised image tokens after the last block, and the time and text that modulated them.
         """
         times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
-        tokens, modulation = self.transformer.hidden(x_t, times, cond.tokens)  # (B, N, W), (B, W)
+        x, times = self.parametrisation.inputs(x_t, times)
+        tokens, modulation = self.transformer.hidden(x, times, cond.tokens)  # (B, N, W), (B, W)
         return torch.stack([self.transformer.norm_out(tokens).mean(1), modulation], 1)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """What `decode` rounds to pictures: (B, 3, H, W) in [-1, 1], with a gradient."""
         return self.codec.decode(latents).clamp(-1, 1)
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Pictures: uint8 (B, H, W, 3)."""
-        return to_images(self.codec.decode(latents))
 
     @torch.no_grad()
     def latents(self, images: np.ndarray) -> Tensor:
@@ -147,19 +284,9 @@ class NativeGenerator:
         return self.codec.encode(to_pixels(images).to(self.device))
 
 
-def load_generator(folder: str | Path, lora: str | Path | None = None, device: str = "cpu") -> NativeGenerator:
-    """A generator ready to sample from, with the LoRA in the folder `lora` merged into its weights if given.
-
-    Where `lora` holds a whole transformer, it takes the place of the generator's.
-    """
-    generator = NativeGenerator.from_pretrained(folder).to(device)
-    if lora is not None and (Path(lora) / "config.json").is_file():
-        generator.transformer = MMDiT.from_pretrained(lora).eval().requires_grad_(False).to(device)
-    elif lora is not None:
-        generator.transformer.load_lora_adapter(lora, weight_name=adapters.WEIGHTS, prefix=None)
-        generator.transformer.fuse_lora()
-        generator.transformer.unload_lora()
-    return generator
+def _parametrisation_in(folder: Path) -> Parametrisation:
+    path = folder / _PARAMETRISATION
+    return Parametrisation(**json.loads(path.read_text())) if path.is_file() else FLOW
 
 
 @torch.no_grad()
@@ -170,12 +297,18 @@ def sample(
     steps: int = 12,
     shift: float = 1.0,
     batch: int = 64,
+    sampler: str = "ode",
+    eta: float = 0.0,
 ) -> Iterator[np.ndarray]:
-    """Pictures of `prompts` by the flow ODE, one uint8 (H, W, 3) each, in order; `keys` seed their first noise."""
-    times = schedule(steps, shift)
+    """Pictures of `prompts`, one uint8 (H, W, 3) each, in order, by a `sampler` of `models.samplers`; `keys` seed their
+    first noise, and with its number that of each step."""
+    times, shape = generator.times(steps, shift), generator.latent_shape
     for start in range(0, len(prompts), batch):
-        cond = generator.encode(prompts[start : start + batch])
-        x = keyed_noise(list(keys[start : start + batch]), generator.latent_shape, cond.tokens.device)
-        for t, s in pairwise(times):
-            x = ode(x, generator.predict(x, t, cond), t, s).x
-        yield from generator.decode(x)
+        cond, mine = generator.encode(prompts[start : start + batch]), list(keys[start : start + batch])
+
+        def drawn(step: int, mine: list[int] = mine, device: torch.device = cond.device) -> Tensor:
+            return keyed_noise([sample_key(key, "step", step) for key in mine], shape, device)
+
+        noise = drawn if sampler in STOCHASTIC else None
+        x = generator.prior_std(times[0]) * keyed_noise(mine, shape, cond.device)
+        yield from generator.decode(walk(partial(generator.predict, cond=cond), x, times, sampler, eta, noise))

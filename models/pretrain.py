@@ -1,6 +1,8 @@
-"""Flow-matching pretraining of a native generator, on data handed to it (2209.03003; 2403.03206, section 3)."""
+"""Pretraining of a native generator, on data handed to it: by flow matching unless `models.objectives` is told else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,46 +10,66 @@ from torch import Tensor
 from models.codec import PATCH, Codec
 from models.generator import NativeGenerator
 from models.keys import sample_key
-from models.mmdit import MMDiT
-from models.paths import noised, velocity
-from models.text import text_encoder, word_tokenizer
+from models.layers import Backbone
+from models.networks import network_of
+from models.objectives import Objective
+from models.paths import FLOW, Parametrisation
+from models.text import language_model, text_encoder, word_tokenizer
 
 Batch = tuple[Tensor, list[str]]  # latents (B, C, S, S) and their captions
+FLOW_MATCHING = Objective()
+NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
 
 
 def new_generator(
-    vocabulary: Sequence[str], size: int, width: int, depth: int, text_depth: int, max_tokens: int, seed: int
+    vocabulary: Sequence[str],
+    size: int,
+    width: int,
+    depth: int,
+    text_depth: int,
+    max_tokens: int,
+    seed: int,
+    parametrisation: Parametrisation = FLOW,
+    network: str = "MMDiT",
+    choices: Mapping[str, Any] = NO_CHOICES,
 ) -> NativeGenerator:
-    """An untrained generator of pictures of `size` pixels; its weights depend on `seed` alone."""
+    """An untrained generator of pictures of `size` pixels; its weights depend on `seed` alone.
+
+    The network has `depth` blocks of heads of 32, unless `choices`, its other settings, say something else; the text
+    encoder is as wide and has `text_depth` layers. With deep fusion a language model of the network's own depth, width
+    and heads takes its place.
+
+    Raises:
+        ValueError: the network is not known, or does not take such settings; the message begins with the field's name.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = word_tokenizer(vocabulary)
         codec = Codec()
-        transformer = MMDiT(
-            channels=codec.config.channels,
-            size=size // PATCH,
-            width=width,
-            depth=depth,
-            heads=width // 32,
-            text_width=width,
-        )
-        encoder = text_encoder(len(tokenizer), width, text_depth, max_tokens)
-        return NativeGenerator(transformer, codec, encoder, tokenizer)
+        transformer = new_network(network, codec.config.channels, size // PATCH, width, depth, choices)
+        if transformer.reads_language_model:
+            own = transformer.config
+            sizes = own.width, own.depth, own.heads, own.kv_heads or own.heads
+            encoder = language_model(len(tokenizer), *sizes, max_tokens)
+        else:
+            encoder = text_encoder(len(tokenizer), width, text_depth, max_tokens)
+        return NativeGenerator(transformer, codec, encoder, tokenizer, parametrisation)
 
 
-def flow_matching_loss(generator: NativeGenerator, batch: Batch, noise_key: int) -> Tensor:
-    """Mean square error of the velocity, times drawn logit-normal(0, 1) and stratified over the batch."""
-    x0, captions = batch[0].to(generator.device), batch[1]
-    random = torch.Generator().manual_seed(noise_key)
-    noise = torch.randn(x0.shape, generator=random).to(x0.device)
-    quantiles = (torch.arange(len(x0)) + torch.rand(len(x0), generator=random)) / len(x0)
-    t = torch.special.ndtri(quantiles.clamp(1e-4, 1 - 1e-4)).sigmoid().to(x0.device)
-    predicted = generator.predict(noised(x0, noise, t), t, generator.encode(captions))
-    return (predicted - velocity(x0, noise)).square().mean()
+def new_network(
+    network: str, channels: int, size: int, width: int, depth: int, choices: Mapping[str, Any] = NO_CHOICES
+) -> Backbone:
+    """An untrained network for latents of `size`; see `new_generator`."""
+    sizes = {"width": width, "depth": depth, "heads": width // 32, **choices}
+    text_width = width
+    if sizes.get("fused"):
+        keys = sizes.get("kv_heads") or sizes["heads"]
+        text_width = 2 * sizes["depth"] * keys * (sizes["width"] // max(1, sizes["heads"]))
+    return network_of(network)(channels=channels, size=size, text_width=text_width, **sizes)
 
 
 def pretraining_loss(
-    generator: NativeGenerator, batch_at: Callable[[int], Batch], seed: int
+    generator: NativeGenerator, batch_at: Callable[[int], Batch], seed: int, objective: Objective = FLOW_MATCHING
 ) -> Callable[[int], Tensor]:
     """The loss as a function of the step alone, which is what makes a training run resumable bit for bit."""
-    return lambda step: flow_matching_loss(generator, batch_at(step), sample_key(seed, "pretrain", step))
+    return lambda step: objective.loss(generator, *batch_at(step), sample_key(seed, "pretrain", step))

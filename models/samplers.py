@@ -1,17 +1,27 @@
 """One step from time t down to s < t, in one signature for every sampler; log-probabilities of such steps.
 
-A step gives the mean and standard deviation of a Gaussian and the latents drawn from it. Where eta is 0 each of
-them is the deterministic Euler step of the flow. Latents are (B, ...), times are floats in [0, 1], see `paths`.
+A step gives the mean and standard deviation of a Gaussian and the latents drawn from it. Where eta is 0 each of them
+but `ddpm` is the deterministic Euler step of the flow, which is DDIM's. Latents are (B, ...), times are floats in
+[0, 1] of the flow, see `paths`; a model of another path that was brought to it is stepped by `ode`, `ddim`, `ddpm` and
+`dpm2m` as it would be on its own.
+
+Heun's method and DPM-Solver++(2M) are Euler's step with another velocity than the one at hand, which a second look at
+the network corrects, or the step before. `SOLVERS` say with which velocity a step is taken, and `walk` takes all steps
+of a path by any of the names.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from models.paths import endpoints
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""What a network says is the velocity at `x_t` (B, ...), `t`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,23 @@ def ode(x_t: Tensor, v: Tensor, t: float, s: float, eta: float = 0.0, noise: Ten
     """Euler's step of the flow ODE; `eta` and `noise` are ignored."""
     mean = x_t + (s - t) * v
     return Step(mean, 0.0, mean)
+
+
+def ddim(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor | None) -> Step:
+    """DDIM (2010.02502, equations 12 and 16) with `eta` in [0, 1], from the ODE to DDPM.
+
+    The variance is eta^2 that of q(x_s | x_t, x0), (s / t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2). It scales as the path
+    does, so on a VP path it is the published one.
+    """
+    x0, eps = endpoints(x_t, v, t)
+    kept = s * (1 - t) / ((1 - s) * t)  # the ratio of noise to signal at s, over that at t
+    std = eta * s * math.sqrt(1 - kept * kept)
+    return _drawn((1 - s) * x0 + math.sqrt(s * s - std * std) * eps, std, noise)
+
+
+def ddpm(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor | None) -> Step:
+    """The ancestral step (2006.11239, equations 6 and 7): the posterior given the x0 at hand; `eta` is ignored."""
+    return ddim(x_t, v, t, s, 1.0, noise)
 
 
 def sde(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor | None) -> Step:
@@ -64,7 +91,84 @@ def _drawn(mean: Tensor, std: float, noise: Tensor | None) -> Step:
     return Step(mean, std, mean if noise is None or std == 0 else mean + std * noise)
 
 
-SAMPLERS: dict[str, Sampler] = {"ode": ode, "sde": sde, "dance": dance, "cps": cps}
+STOCHASTIC: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm, "sde": sde, "dance": dance, "cps": cps}
+SAMPLERS: dict[str, Sampler] = {"ode": ode, **STOCHASTIC}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the step before saw: its time, and the data (B, ...) that the velocity there pointed to."""
+
+    t: float
+    x0: Tensor
+
+
+Solver = Callable[[Velocity, Tensor, float, float, Seen | None], tuple[Tensor, Seen | None]]
+
+
+def euler(predict: Velocity, x_t: Tensor, t: float, s: float, seen: Seen | None = None) -> tuple[Tensor, None]:
+    """The velocity at hand."""
+    return predict(x_t, t), None
+
+
+def heun(predict: Velocity, x_t: Tensor, t: float, s: float, seen: Seen | None = None) -> tuple[Tensor, None]:
+    """The mean of the velocities at both ends of Euler's step (2206.00364, algorithm 1, without churn).
+
+    The network is asked twice, but once where s is 0.
+    """
+    v = predict(x_t, t)
+    return v if s == 0 else (v + predict(ode(x_t, v, t, s).x, s)) / 2, None
+
+
+def dpm2m(predict: Velocity, x_t: Tensor, t: float, s: float, seen: Seen | None = None) -> tuple[Tensor, Seen]:
+    """The velocity to an x0 extrapolated from the step before (DPM-Solver++(2M), 2211.01095, algorithm 2).
+
+    With lambda = log((1 - t) / t) and r = (lambda_t - lambda_last) / (lambda_s - lambda_t) it is
+    x0 + (x0 - x0_last) / (2 r). The first step and the one to s = 0 are Euler's.
+    """
+    v = predict(x_t, t)
+    x0, _ = endpoints(x_t, v, t)
+    if seen is None or s == 0:
+        return v, Seen(t, x0)
+    inverse = (_log_snr(s) - _log_snr(t)) / (_log_snr(t) - _log_snr(seen.t))
+    return (x_t - x0 - (x0 - seen.x0) * (inverse / 2)) / t, Seen(t, x0)
+
+
+def _log_snr(t: float) -> float:
+    return math.log((1 - t) / t) if t < 1 else -math.inf
+
+
+SOLVERS: dict[str, Solver] = {"heun": heun, "dpm2m": dpm2m}
+
+
+def calls(sampler: str, steps: int) -> int:
+    """How often `walk` asks the network."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def walk(
+    predict: Velocity,
+    x: Tensor,
+    times: Sequence[float],
+    sampler: str = "ode",
+    eta: float = 0.0,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """From latents (B, ...) at `times[0]` to those at the last of `times`, by a name of `SAMPLERS` or `SOLVERS`.
+
+    `noise(number)` is that of a step; without it no sampler draws.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if sampler not in SAMPLERS and sampler not in SOLVERS:
+        raise ValueError(f"sampler: unknown {sampler}; known here: {', '.join([*SAMPLERS, *SOLVERS])}")
+    solver, step = SOLVERS.get(sampler, euler), SAMPLERS.get(sampler, ode)
+    seen = None
+    for number, (t, s) in enumerate(pairwise(times)):
+        v, seen = solver(predict, x, t, s, seen)
+        x = step(x, v, t, s, eta, noise(number) if noise else None).x
+    return x
 
 
 def log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:

@@ -22,6 +22,10 @@ class Gaussian:
         self.latent_shape = (dimensions,)
 
     @staticmethod
+    def prior_std(t: float) -> float:
+        return 1.0
+
+    @staticmethod
     def velocity(x_t: Tensor, t: Tensor | float, mean: Tensor | float) -> Tensor:
         t = like(t, x_t)
         away = (x_t - (1 - t) * mean) / ((1 - t) ** 2 * SPREAD**2 + t**2)
@@ -51,7 +55,7 @@ def course(plan: Plan) -> tuple[float, float, float, float]:
     """Of the mean picture offset + slope * mean: offset, slope, what of the slope comes from noisy steps, and how fast
     the KL of a path grows, 2 KL / (change of the mean)^2, in nats a dimension."""
     offset, slope, noisy, growth = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), 0.0
-    for number, (t, s) in enumerate(pairwise(schedule(plan.steps, plan.shift))):
+    for number, (t, s) in enumerate(pairwise(plan.times)):
         within = plan.start <= number < plan.start + plan.window
 
         def step(x: Tensor, mean: float, t: float = t, s: float = s, sampler: str = plan.sampler if within else "ode"):
@@ -81,7 +85,7 @@ def tuned(
     mean = torch.tensor(BASE, requires_grad=True)
     for i in range(iterations):
         steps, siblings = plan
-        rolled = roll(mean.detach(), algorithm.rollout_plan(0, i, steps, 1.0, siblings), (0, i))
+        rolled = roll(mean.detach(), algorithm.rollout_plan(0, i, tuple(schedule(steps)), siblings), (0, i))
         rewards = quadratic(rolled.latents, strength)
         gains = algorithm.advantages(rewards, torch.ones_like(rewards, dtype=torch.bool)).values
         total = torch.zeros(())

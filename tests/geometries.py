@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from models.generator import load_generator
+from models.loading import load_generator
 from pipeline.prompts import ShapesPrompts, draw_key
 from pipeline.rl import AlgorithmConfig, algorithm_of
 from pipeline.rl.ddpo import DDPOConfig

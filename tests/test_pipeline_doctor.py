@@ -57,7 +57,7 @@ def test_an_honest_run_is_all_green_untouched_and_told_as_json_alone(config, fol
     assert told["healthy"]
     assert told["notes"] == ["the reward model of the run is not trained yet: its untrained backbone stands in for it"]
     assert [check["name"] for check in told["checks"] if check["ok"] is not True] == [learning.RANKS]
-    assert len(told["checks"]) == len(CHECKS) + 2
+    assert len(told["checks"]) == len(CHECKS) + 3
     assert sorted(folder.rglob("*")) == before
 
 
@@ -247,5 +247,5 @@ def test_a_forecast_grows_with_the_run_and_is_red_where_memory_ends(subject, mon
     assert forecast.seconds(grown, found).measured == pytest.approx(24 * forecast.seconds(subject, found).measured)
     more = forecast.memory(grown, found).measured - forecast.memory(subject, found).measured
     assert more * 2**30 == pytest.approx(7 * found.activations)
-    monkeypatch.setattr(forecast, "_memory", lambda: 2**20)
+    monkeypatch.setattr(forecast, "device_memory", lambda processes: 2**20)
     assert forecast.memory(subject, found).ok is False

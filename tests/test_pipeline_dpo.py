@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from models.generator import load_generator
+from models.loading import load_generator
+from models.paths import schedule
 from models.samplers import cps, log_prob
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
 from pipeline.rl import algorithm_of
@@ -16,7 +17,7 @@ from pipeline.rl.d3po import D3PO, D3POConfig
 from pipeline.rl.dpo import DPO, DPOConfig, Pairs, best_and_worst
 from pipeline.rl.preferred import Preferences
 from pipeline.rl.raft import RAFT, RAFTConfig
-from pipeline.rl.rollout import Rollout
+from pipeline.rl.rollout import Plan, Rollout
 from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
@@ -108,7 +109,8 @@ def test_the_mean_of_a_gaussian_moves_to_the_optimum_in_closed_form(t):
 
 
 def rollout_of(latents: torch.Tensor) -> Rollout:
-    return Rollout(np.zeros((len(latents), 1, 1, 3), np.uint8), latents, (), None)
+    plan = Plan.ode((1.0, 0.0), siblings=1)
+    return Rollout(np.zeros((len(latents), 1, 1, 3), np.uint8), latents, (), plan)
 
 
 def test_online_pairs_are_best_against_worst_under_the_same_noise():
@@ -196,7 +198,7 @@ def test_a_run_without_pairs_is_told_so():
 def test_d3po_pairs_the_steps_of_the_best_and_the_worst_and_its_loss_is_its_formula():
     algorithm = D3PO(D3POConfig(beta=5.0, window=2))
     mean = torch.tensor(0.2)
-    plan = algorithm.rollout_plan(0, 0, 4, 1.0, 6)
+    plan = algorithm.rollout_plan(0, 0, tuple(schedule(4)), 6)
     rolled = Gaussian(3).painted(mean, plan, (0, 0))
     rewards = rolled.latents.sum(1)[None]
     found = algorithm.advantages(rewards, torch.ones_like(rewards, dtype=torch.bool))

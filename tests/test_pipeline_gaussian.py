@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from models.paths import schedule
 from pipeline.rl.awm import AWM, AWMConfig
 from pipeline.rl.grpo import GRPO, GRPOConfig
 from pipeline.rl.nft import NFT, NFTConfig
@@ -20,6 +21,7 @@ PUSHES = np.array([push(float(t)) for t in TIMES])
         {"sampler": "cps"},
         {"sampler": "sde"},
         {"sampler": "dance", "eta": 0.5},
+        {"sampler": "ddim"},
         {"sampler": "cps", "fans": [8, 32]},
     ],
     ids=str,
@@ -30,7 +32,7 @@ def test_grpo_goes_to_the_optimum_of_reward_minus_kl(settings):
     config = {"window": None, "fans": (), "kl": beta, "advantage_scale": "none", "advantage_limit": 1e6}
     settings = {key: tuple(value) if key == "fans" else value for key, value in settings.items()}
     algorithm = GRPO(GRPOConfig(**{**config, **settings}))
-    offset, slope, noisy, growth = course(algorithm.rollout_plan(0, 0, 5, 1.0, 256))
+    offset, slope, noisy, growth = course(algorithm.rollout_plan(0, 0, tuple(schedule(5)), 256))
     curvature = strength * noisy * slope + beta * growth
     optimum = (strength * noisy * (GOAL - offset) + beta * growth * BASE) / curvature
     found = tuned(algorithm, Gaussian(2).painted, strength, curvature, 30, (5, 256))

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from trl import GRPOTrainer
 
-from models.generator import load_generator
+from models.loading import load_generator
 from models.paths import noised, schedule, velocity
 from models.samplers import SAMPLERS
 from pipeline.prompts import ShapesPrompts, draw_key
@@ -56,7 +56,7 @@ def written_out(steps: Steps, sampler: str, v: torch.Tensor) -> tuple[torch.Tens
     return new.flatten(2).mean(2) - steps.old, apart, step.std
 
 
-@pytest.mark.parametrize("sampler", ["sde", "dance", "cps"])
+@pytest.mark.parametrize("sampler", ["sde", "dance", "cps", "ddim"])
 def test_grpo_loss_against_its_formula(sampler):
     steps, v, reference = random_steps(sampler, 0.1)
     change, _, std = written_out(steps, sampler, v)
@@ -230,13 +230,13 @@ def test_awm_loss_against_its_formula():
 
 
 def starts_of(config: GRPOConfig, iterations: int) -> list[int]:
-    return [GRPO(config).rollout_plan(0, i, 8, 1.0, 4).start for i in range(iterations)]
+    return [GRPO(config).rollout_plan(0, i, tuple(schedule(8)), 4).start for i in range(iterations)]
 
 
 def test_windows_slide_or_jump_or_take_all_steps_with_noise():
     assert starts_of(GRPOConfig(slide_every=2, last_start=2), 8) == [0, 0, 1, 1, 2, 2, 0, 0]
     assert set(starts_of(GRPOConfig(last_start=2), 40)) == {0, 1, 2}
-    plan = GRPO(GRPOConfig(window=None)).rollout_plan(0, 0, 8, 1.0, 4)
+    plan = GRPO(GRPOConfig(window=None)).rollout_plan(0, 0, tuple(schedule(8)), 4)
     assert (plan.start, plan.window) == (0, 7)
 
 
@@ -267,7 +267,7 @@ def test_two_trust_regions_are_an_error():
 
 @pytest.mark.parametrize("sampler", ["sde", "dance", "cps"])
 def test_weights_by_noise_are_one_on_average_and_in_the_ratio_of_the_noises(sampler):
-    plan = Plan(6, 1.0, sampler, ETA, 0, 1, 4)
+    plan = Plan(tuple(schedule(6)), sampler, ETA, 0, 1, 4)
     times = list(pairwise(schedule(6)))[:-1]
     weights = [noise_weight(plan, t, s) for t, s in times]
     assert np.mean(weights) == pytest.approx(1)
@@ -285,7 +285,7 @@ def rolled_out(generator, plan: Plan):
 
 
 def test_branches_part_step_by_step_and_get_the_mean_advantage_of_what_they_led_to(generator):
-    plan = Plan(4, 1.0, "cps", 0.7, 0, 3, 6, fans=(2, 3))
+    plan = Plan(tuple(schedule(4)), "cps", 0.7, 0, 3, 6, fans=(2, 3))
     rolled = rolled_out(generator, plan)
     assert [tuple(t.x_s.shape[:2]) for t in rolled.transitions] == [(2, 2), (4, 3), (12, 1)]
     assert rolled.transitions[1].prompt.tolist() == [0, 0, 1, 1]
@@ -298,16 +298,16 @@ def test_branches_part_step_by_step_and_get_the_mean_advantage_of_what_they_led_
 
 
 def test_siblings_that_never_part_start_apart(generator):
-    apart = rolled_out(generator, Plan(4, 1.0, "cps", 0.7, 0, 3, 3, fans=()))
+    apart = rolled_out(generator, Plan(tuple(schedule(4)), "cps", 0.7, 0, 3, 3, fans=()))
     assert [tuple(t.x_s.shape[:2]) for t in apart.transitions] == [(6, 1)] * 3
-    starts = rolled_out(generator, Plan(4, 1.0, "ode", 0.0, 0, 0, 3, kept=0)).kept
+    starts = rolled_out(generator, Plan.ode(tuple(schedule(4)), 3, kept=0)).kept
     assert torch.equal(apart.transitions[0].x_t, starts)
-    halves = rolled_out(generator, Plan(4, 1.0, "cps", 0.7, 0, 3, 6, fans=(2,)))
+    halves = rolled_out(generator, Plan(tuple(schedule(4)), "cps", 0.7, 0, 3, 6, fans=(2,)))
     assert torch.equal(halves.transitions[0].x_t, starts)
 
 
 def test_what_is_rolled_out_apart_and_joined_is_what_is_rolled_out_together(generator):
-    plan = Plan(4, 1.0, "cps", 0.7, 1, 2, 3)
+    plan = Plan(tuple(schedule(4)), "cps", 0.7, 1, 2, 3)
     whole = rolled_out(generator, plan)
     texts, ids = ["a red ring", "a blue cross"], ["p", "q"]
     parts = [

@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from models.generator import Conditioning, load_generator
+from models.generator import Conditioning
+from models.loading import load_generator
 from models.paths import schedule
 from models.samplers import SAMPLERS
 from pipeline.prompts import ShapesPrompts, draw_key
@@ -90,7 +91,7 @@ def drawn_of(generator, algorithm, rewards_PK):
     width = generator.feature_width
     algorithm.parts(width, 0)
     cond = generator.encode(["a red ring", "a blue cross"])
-    plan = algorithm.rollout_plan(0, 0, 4, 1.0, 3)
+    plan = algorithm.rollout_plan(0, 0, tuple(schedule(4)), 3)
     predict, features = (lambda x, t, c: generator.predict(x, t, c)), (lambda x, t, c: generator.features(x, t, c))
     rolled = rollout(generator, predict, cond, ["p", "q"], (0,), plan, 64, features)
     given = algorithm.advantages(rewards_PK, rewards_PK.isfinite())
@@ -204,6 +205,9 @@ class Line:
         self.base = dict.fromkeys(self.times, -0.3)
         self.v = {t: torch.full((), -0.3, requires_grad=True) for t in self.times[:-1]}
 
+    def prior_std(self, t):
+        return 1.0
+
     def predict(self, x, t, cond):
         return self.v[t].expand(x.shape)
 
@@ -259,7 +263,7 @@ def tuned(line, algorithm, goal: float, iterations: int, siblings: int, rate: fl
     optimizer = torch.optim.SGD(line.v.values(), lr=rate)
     critics = [torch.optim.Adam(part.module.parameters(), lr=part.learning_rate) for part in parts.values()]
     for iteration in range(iterations):
-        plan = algorithm.rollout_plan(0, iteration, len(line.times) - 1, 1.0, siblings)
+        plan = algorithm.rollout_plan(0, iteration, tuple(line.times), siblings)
         features = line.features if algorithm.needs_features else None
         rolled = rollout(line, line.predict, cond, ["p"], (iteration,), plan, siblings, features)
         rewards = -((rolled.latents[:, 0] - goal) ** 2)[None] / 2

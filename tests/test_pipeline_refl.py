@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from models.generator import Conditioning, load_generator
+from models.generator import Conditioning
 from models.keys import sample_key
+from models.loading import load_generator
 from models.paths import schedule
 from models.samplers import keyed_noise
 from pipeline.prompts import ShapesPrompts, draw_key
@@ -40,7 +41,7 @@ def ways_of(generator, config):
     """The inputs of two prompts with two siblings each, and a function of the network that asks it about them."""
     algorithm = DirectReward(config)
     cond = Conditioning(generator.encode(["a red ring", "a blue cross"]).tokens.double())
-    plan = algorithm.rollout_plan(0, 0, STEPS, SHIFT, 2)
+    plan = algorithm.rollout_plan(0, 0, tuple(schedule(STEPS, SHIFT)), 2)
 
     def predict(x, t, cond):
         return generator.predict(x.double(), t, cond)
@@ -89,7 +90,7 @@ def test_the_last_steps_of_draft_and_the_jump_of_refl_are_those_of_the_rollout(g
 
 def test_refl_draws_one_of_the_last_steps_in_each_iteration():
     algorithm = DirectReward(ReFLConfig(late=3))
-    kept = {algorithm.rollout_plan(0, iteration, 8, 1.0, 2).kept for iteration in range(50)}
+    kept = {algorithm.rollout_plan(0, iteration, tuple(schedule(8)), 2).kept for iteration in range(50)}
     assert kept == {5, 6, 7}
 
 
@@ -146,7 +147,7 @@ def test_a_gaussian_goes_to_the_optimum_of_reward_minus_penalty(kl):
     """
     mean, strength = 0.2, 1.5
     algorithm = DirectReward(ReFLConfig(late=1, kl=kl))
-    plan = algorithm.rollout_plan(0, 0, 1, 1.0, 64)
+    plan = algorithm.rollout_plan(0, 0, (1.0, 0.0), 64)
     rolled = Gaussian(1).painted(torch.tensor(mean), plan, (0, 0))
     rewards = torch.zeros(1, 64)
     (ways,) = algorithm.examples(rolled, algorithm.advantages(rewards, rewards == 0).values, ["p"], (0, 0))

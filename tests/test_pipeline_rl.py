@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from models import lora
-from models.generator import load_generator, sample
+from models.generator import sample
 from models.keys import sample_key
+from models.loading import load_generator
+from models.paths import schedule
 from models.samplers import cps, log_prob
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
 from pipeline.rl.advantage import group_advantages, mixed_advantages
@@ -26,7 +28,7 @@ from rewards.normalising import Normaliser
 from rewards.reward import Rewards
 from rewards.rules import RuleReward
 
-PLAN = Plan(steps=4, shift=1.0, sampler="cps", eta=0.7, start=1, window=2, siblings=3)
+PLAN = Plan(times=tuple(schedule(4)), sampler="cps", eta=0.7, start=1, window=2, siblings=3)
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def test_a_picture_on_which_a_term_fails_takes_no_part_in_any():
 
 def test_a_rollout_without_noise_is_the_ode(generator):
     ids, texts = ["p", "q"], ["a red ring", "a blue cross"]
-    plan = Plan(steps=4, shift=1.0, sampler="cps", eta=1e-6, start=0, window=2, siblings=2)
+    plan = Plan(times=tuple(schedule(4)), sampler="cps", eta=1e-6, start=0, window=2, siblings=2)
     rolled = rollout(generator, predict(generator), generator.encode(texts), ids, (0,), plan, 64)
     keys = [sample_key(0, i, "start") for i in ids]
     straight = list(sample(generator, texts, keys, steps=4))
@@ -218,7 +220,7 @@ def forward_of(generator, draws=2):
     """A group of three pictures noised `draws` times, the first rated best and the last worst."""
     algorithm = NFT(NFTConfig(draws=draws, kl=0.0))
     cond = generator.encode(["a red ring"])
-    plan = algorithm.rollout_plan(0, 0, 4, 1.0, 3)
+    plan = algorithm.rollout_plan(0, 0, tuple(schedule(4)), 3)
     rolled = rollout(generator, predict(generator), cond, ["p"], (0,), plan, 64)
     sets = algorithm.examples(rolled, torch.tensor([[5.0, 0.0, -5.0]]), ["p"], (0,))
     return algorithm, cond, rolled, sets

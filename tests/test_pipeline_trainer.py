@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.generator import load_generator
+from models.loading import load_generator
 from pipeline.config import Config
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
 from pipeline.rl.algorithm import Loss
@@ -94,6 +94,21 @@ def test_two_processes_learn_what_one_learns(on_two, generator_folder, name):
     assert np.allclose(one["loss"], two["loss"], atol=2e-4)
     for value in ("grad_norm", "kl", "reward_mean"):
         assert np.allclose(one[value], two[value], rtol=1e-3, atol=1e-6), value
+
+
+@pytest.mark.parametrize("name", ["three groups", "forward", "whole"])
+def test_without_a_twin_it_learns_the_same_in_less_memory(generator_folder, name):
+    algorithm, settings = GEOMETRIES[name]
+    both, alone = (trained(str(generator_folder), algorithm, {**settings, "twin": twin}) for twin in (True, False))
+    assert np.allclose(both["advantages"][0], alone["advantages"][0], atol=1e-5)
+    for value in ("loss", "grad_norm", "kl", "reward_mean"):
+        assert np.allclose(both[value], alone[value], rtol=1e-3, atol=2e-4), value
+
+
+def test_what_only_a_twin_remembers_is_asked_of_none(generator_folder):
+    algorithm, settings = GEOMETRIES["forward"]
+    with pytest.raises(UserError, match=r"finetune\.twin: .* set it to true, or finetune\.updates to 1"):
+        trained(str(generator_folder), algorithm, {**settings, "twin": False, "updates": 2})
 
 
 def test_processes_that_were_asked_for_and_did_not_start_are_missed(config_at):

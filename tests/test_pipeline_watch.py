@@ -13,8 +13,10 @@ from accelerate import Accelerator
 import pipeline.rl.watch
 from judges.base import Unavailable
 from models import lora
-from models.generator import Conditioning, load_generator, sample
+from models.generator import Conditioning, sample
 from models.keys import sample_key
+from models.loading import load_generator
+from models.paths import schedule
 from pipeline.config import Config
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
 from pipeline.rl.checks import Check, Seen, best, checked, from_json, retained, to_json
@@ -141,7 +143,8 @@ def test_the_kl_of_two_gaussians(steps):
     fake = SimpleNamespace(
         generator=generator,
         reference=lambda: lora.reference(generator),
-        settings=SimpleNamespace(steps=steps, shift=1.0, batch=1000),
+        times=tuple(schedule(steps)),
+        settings=SimpleNamespace(batch=1000),
     )
     cond = Conditioning(torch.zeros(len(every), 1, 1))
     found = np.mean(list(divergences(fake, latents, cond, every, 0, siblings)))

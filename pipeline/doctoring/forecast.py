@@ -6,18 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from models.geometry import Unknown
 from pipeline.doctoring.check import Check
 from pipeline.doctoring.subject import GROUPS, Recorded, Subject
+from pipeline.forecast import GIB, device_memory, needs, remedy, told
 from pipeline.progress import duration
 from pipeline.rl.policy import WholePolicy
 from pipeline.rl.trainer import Trainer
 from rewards.reward import ModelReward
 
-MEMORY, TIME = "memory", "time"
+STAGES, MEMORY, TIME = "memory of all stages", "memory", "time"
 
 
 class Saved:
@@ -103,7 +104,7 @@ def _modules(subject: Subject, trainer: Trainer) -> list[nn.Module]:
     """All whose weights are in memory, but for a judge's."""
     generator = trainer.generator
     models = [term.reward.model for term in subject.reward.terms if isinstance(term.reward, ModelReward)]
-    return [trainer.plain, trainer.tuned, generator.codec, generator.text_encoder, *models]
+    return list(dict.fromkeys([trainer.plain, trainer.tuned, *generator.frozen, *models]))
 
 
 def memory(subject: Subject, found: Measured) -> Check:
@@ -114,14 +115,37 @@ def memory(subject: Subject, found: Measured) -> Check:
     most = found.inputs * settings.groups / found.groups
     activations = found.activations * max(1.0, min(settings.batch, most) / found.inputs)
     parts = {"weights": found.weights, "gradients, optimiser and average": found.trained, "activations": activations}
-    told = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in parts.items())
+    split = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in parts.items())
+    room = device_memory(processes)
     return Check.at_most(
         MEMORY,
-        sum(parts.values()) / 2**30,
-        _memory() / 2**30 / (1 if torch.cuda.is_available() else processes),
-        "lower finetune.batch, or finetune.lora.rank where weights that are trained are most of it",
-        f"GiB a process at least: {told}",
+        sum(parts.values()) / GIB,
+        room / GIB,
+        _smaller(subject.config, room, processes),
+        f"GiB a process at least: {split}",
     )
+
+
+def _smaller(config: Any, room: int, processes: int) -> str:
+    """The settings that make fine-tuning smaller."""
+    try:
+        found = remedy(config, "finetune", room, processes).settings
+    except Unknown:
+        found = ()
+    return f"set {' '.join(found)}" if found else "lower finetune.batch and finetune.lora.rank, or take a larger device"
+
+
+def stages(config: Any, processes: int) -> Check:
+    """What the stage that takes most takes, by the geometry of its models alone."""
+    room = device_memory(processes)
+    try:
+        found = needs(config, processes, room)
+    except Unknown as error:
+        return Check.skipped(STAGES, str(error))
+    most = max(found, key=lambda need: need.total)
+    split = ", ".join(f"{need.stage} {need.total / 2**20:,.0f} MiB" for need in found)
+    line = told(config, most, room, processes) if most.total > room else ""
+    return Check.at_most(STAGES, most.total / GIB, room / GIB, line, f"GiB a process at least: {split}")
 
 
 def seconds(subject: Subject, found: Measured) -> Check:
@@ -129,12 +153,5 @@ def seconds(subject: Subject, found: Measured) -> Check:
     settings = subject.config.finetune
     each = found.seconds * settings.groups / found.groups
     whole = each * settings.iterations
-    told = f"seconds: {duration(whole)} for {settings.iterations} iterations of {each:.3g} s"
-    return Check(TIME, True, whole, None, "", told + (", not compiled" if settings.compile else ""))
-
-
-def _memory() -> int:
-    """Bytes of the device."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return psutil.virtual_memory().total
+    line = f"seconds: {duration(whole)} for {settings.iterations} iterations of {each:.3g} s"
+    return Check(TIME, True, whole, None, "", line + (", not compiled" if settings.compile else ""))

@@ -87,6 +87,8 @@ def adapter_off(subject: Subject) -> Check:
 @torch.no_grad()
 def merged_twin(subject: Subject) -> Check:
     """The twin that rolls out, into which the adapter is merged, predicts what base and adapter predict."""
+    if not subject.settings.twin:
+        return Check.skipped(TWIN, "there is none: the transformer that learns rolls out itself")
     trainer, asked = subject.trainer(), subject.asked()
     nudged(trainer)
     base, tuned = subject.generator.predict(*asked), trainer.predict(trainer.tuned)(*asked)

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from models.paths import endpoints, noised, schedule
+from models.paths import endpoints, noised
 from models.samplers import SAMPLERS, ode
 from pipeline.doctoring.check import Check
 from pipeline.doctoring.subject import Recorded, Subject, flat
@@ -24,10 +24,10 @@ def without_noise(subject: Subject) -> Check:
     """
     plan, cond, noise = subject.plan, subject.cond(), subject.noise(len(subject.prompts))
     x, worst = noise, 0.0
-    for t, s in pairwise(schedule(plan.steps, plan.shift)):
+    for t, s in pairwise(plan.times):
         v = subject.generator.predict(x, t, cond)
         straight = noised(*endpoints(x, v, t), s)
-        for step in (ode, SAMPLERS[plan.sampler]):
+        for step in (ode, SAMPLERS.get(plan.sampler, ode)):
             worst = max(worst, float((step(x, v, t, s, 0.0, noise).x - straight).abs().max()))
         x = straight
     return Check.at_most(

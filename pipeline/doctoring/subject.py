@@ -16,10 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import models
 import rewards
 from judges.audit import unremembered
-from models.generator import Conditioning, NativeGenerator
+from models.generator import Conditioning, Generator
 from models.keys import sample_key
 from models.samplers import keyed_noise
 from pipeline.loop import run_dir
@@ -88,7 +87,7 @@ class Subject:
 
     config: Any
     settings: TrainerSettings
-    generator: NativeGenerator
+    generator: Generator
     reward: Mixture
     prompts: tuple[PromptRow, ...]
     preferences: Preferences | None
@@ -101,8 +100,8 @@ class Subject:
     @cached_property
     def plan(self) -> Plan:
         """How the first iteration rolls out."""
-        asked = self.config.seed, 0, self.settings.steps, self.settings.shift, self.settings.group_size
-        return self.made().rollout_plan(*asked)
+        times = tuple(self.generator.times(self.settings.steps, self.settings.shift))
+        return self.made().rollout_plan(self.config.seed, 0, times, self.settings.group_size)
 
     @cached_property
     def first(self) -> Iteration:
@@ -139,9 +138,10 @@ class Subject:
             return self.generator.encode([prompt.text for prompt in prompts or self.prompts])
 
     def noise(self, count: int) -> Tensor:
-        """Latents (count, ...) at time 1."""
+        """Latents (count, ...) at the first time."""
         keys = [sample_key(self.config.seed, "doctor", place) for place in range(count)]
-        return keyed_noise(keys, self.generator.latent_shape, self.cond(self.prompts[:1]).tokens.device)
+        noise = keyed_noise(keys, self.generator.latent_shape, self.generator.device)
+        return self.generator.prior_std(self.plan.times[0]) * noise
 
     def asked(self) -> tuple[Tensor, float, Conditioning]:
         """What a network can be asked: latents, their time, and a prompt for each."""
@@ -199,7 +199,7 @@ def examined(config: Any, context: Context, say: Callable[[str], None]) -> Subje
     changes = {"groups": GROUPS * ranks, "group_size": _siblings(settings), "updates": 1, "max_grad_norm": 1e9}
     small = settings.model_copy(update={**changes, "compile": False, "dtype": "float32"})
     context = _standing(config.model_copy(update={"finetune": small}), context)
-    generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
+    generator = config.generator.build(str(context.accelerator.device))
     preferences = None
     if settings.algorithm.offline:
         if "prefer" not in context.inputs:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pipeline.rl.advantage import Advantages
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 
 Ask = Callable[[Tensor, float | Tensor, Tensor], Tensor]
 """What a network predicts at `x_t`, `t` and the index of each input's prompt."""
@@ -129,7 +129,7 @@ class Algorithm(Protocol):
         """What is told of an iteration, given the means over all inputs of what the losses watched."""
         return dict(means)
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan: ...
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan: ...
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages: ...
 

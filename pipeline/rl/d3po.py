@@ -24,7 +24,7 @@ from models.samplers import SAMPLERS, Step, gaussian_kl
 from pipeline.rl.advantage import Advantages, group_advantages
 from pipeline.rl.algorithm import Algorithm, Ask, Examples, Loss, Velocities
 from pipeline.rl.dpo import best_and_worst, preference_loss
-from pipeline.rl.rollout import Plan, Rollout, Transition
+from pipeline.rl.rollout import Plan, Rollout, Times, Transition
 from pipeline.rl.settings import AlgorithmSettings
 
 
@@ -38,8 +38,8 @@ class D3POConfig(AlgorithmSettings):
     """
 
     type: Literal["d3po"] = "d3po"
-    sampler: Literal["sde", "dance", "cps"] = "cps"
-    eta: float = Field(0.7, gt=0, lt=1)
+    sampler: Literal["sde", "dance", "cps", "ddim"] = "cps"
+    eta: float = Field(0.7, gt=0, le=1)
     window: Annotated[int, Field(ge=1)] | None = None
     beta: float = Field(100.0, gt=0)
     kl: float = Field(0.0, ge=0)
@@ -74,9 +74,9 @@ class D3PO(Algorithm):
     def __init__(self, config: D3POConfig):
         self.config = config
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
         config = self.config
-        return Plan(steps, shift, config.sampler, config.eta, 0, config.window or steps - 1, siblings)
+        return Plan(times, config.sampler, config.eta, 0, config.window or len(times) - 2, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         return group_advantages(rewards_PK, valid_PK, "group")

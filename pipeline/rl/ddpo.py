@@ -8,8 +8,8 @@ with the clip of section 4.3),
 
 with the mean and the standard deviation of the prompt's latest rewards, of earlier iterations too, or of all pictures
 of this iteration where the prompt was seen too seldom. Every picture has a path of its own, from its first noise on.
-What we change: steps are those of a flow's sampler, as no generator here predicts eps; the KL, which the paper has none
-of, is 0 by default.
+The paper's steps are `sampler: ddim` with `eta: 1`, exactly so on a model that predicts eps (`models.paths`). What we
+add: the KL, 0 by default, and other samplers.
 
 Shapes: P prompts, K siblings, M terms of a mixture.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.rl.advantage import Advantages
 from pipeline.rl.algorithm import Algorithm, Loss, Velocities
 from pipeline.rl.grpo import GRPO, GRPOConfig, Steps
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.rl.settings import AlgorithmSettings
 from rewards.normalising import LEAST_STD
 
@@ -41,8 +41,8 @@ class PathConfig(AlgorithmSettings):
         advantage_limit: advantages are clipped to +-this.
     """
 
-    sampler: Literal["sde", "dance", "cps"] = "cps"
-    eta: float = Field(0.7, gt=0, lt=1)
+    sampler: Literal["sde", "dance", "cps", "ddim"] = "cps"
+    eta: float = Field(0.7, gt=0, le=1)
     window: Annotated[int, Field(ge=1)] | None = None
     last_start: int = Field(0, ge=0)
     clip: float = Field(1e-4, gt=0)
@@ -87,8 +87,8 @@ class DDPO(Algorithm):
     def scaler(self, terms: int) -> "Latest":
         return Latest(self.config.buffer, self.config.least)
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return self.policy.rollout_plan(seed, iteration, steps, shift, siblings)
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
+        return self.policy.rollout_plan(seed, iteration, times, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         """Of rewards that the scaler has brought to their baseline."""

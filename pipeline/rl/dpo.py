@@ -30,7 +30,7 @@ from pipeline.rl import forward
 from pipeline.rl.advantage import Advantages, group_advantages, unrated
 from pipeline.rl.algorithm import Algorithm, Ask, Examples, Loss, Velocities
 from pipeline.rl.preferred import Preferences
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.rl.settings import AlgorithmSettings
 
 
@@ -116,8 +116,8 @@ class DPO(Algorithm):
     def __init__(self, config: DPOConfig, preferences: Preferences | None = None):
         self.config, self.preferences = config, preferences
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan.ode(steps, shift, siblings)
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
+        return Plan.ode(times, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         if self.preferences:
@@ -136,7 +136,8 @@ class DPO(Algorithm):
                 siblings = rollout.latents.unflatten(0, advantages_PK.shape)
                 pairs, label = siblings[prompt[:, None], best_and_worst(advantages_PK)], torch.ones(len(ids))
             keys = [sample_key(*seed, i, "draw", draw) for i in ids]
-            t, noise = forward.drawn(keys, draw, self.config.draws, pairs.shape[2:], pairs.device)
+            first = rollout.plan.times[0]
+            t, noise = forward.drawn(keys, draw, self.config.draws, first, pairs.shape[2:], pairs.device)
             noise = noise[:, None].expand_as(pairs)
             if self.preferences and self.config.inversion:
                 texts = [self.preferences.prompts[i].text for i in ids for _ in range(2)]

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,24 +16,24 @@ from models.paths import noised
 from models.samplers import keyed_noise
 from pipeline.rl.advantage import Advantages, Scale, group_advantages
 from pipeline.rl.algorithm import Algorithm
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.rl.settings import AlgorithmSettings
 
 EARLIEST, LATEST = 0.02, 0.98
 """Between these times velocities are asked for: at the ends of the path one of its two sides tells nothing."""
 
 
-def times(keys: Sequence[int], draw: int, draws: int, device: torch.device) -> Tensor:
-    """Times (N,), one a key, in the `draw`-th of `draws` equal parts of [0, 1]."""
+def times(keys: Sequence[int], draw: int, draws: int, first: float, device: torch.device) -> Tensor:
+    """Times (N,), one a key, in the `draw`-th of `draws` equal parts of [0, `first`], the first time of a path."""
     uniform = torch.tensor([key / 2**63 for key in keys], device=device)
-    return ((draw + uniform) / draws).clamp(EARLIEST, LATEST)
+    return ((draw + uniform) / draws * first).clamp(EARLIEST, LATEST)
 
 
 def drawn(
-    keys: Sequence[int], draw: int, draws: int, shape: Sequence[int], device: torch.device
+    keys: Sequence[int], draw: int, draws: int, first: float, shape: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Times (N,) and standard normal noise (N, *shape), both of their keys alone."""
-    return times(keys, draw, draws, device), keyed_noise(list(keys), tuple(shape), device)
+    return times(keys, draw, draws, first, device), keyed_noise(list(keys), tuple(shape), device)
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,23 @@ class Draw:
 
 
 def forward_draws(
-    x0: Tensor, ids: Sequence[str], siblings: Sequence[int], draws: int, seed: Sequence[str | int]
+    x0: Tensor, ids: Sequence[str], siblings: Sequence[int], draws: int, first: float, seed: Sequence[str | int]
 ) -> Iterator[Draw]:
-    """Each picture `x0` (M, ...), siblings side by side, noised `draws` times, at times spread evenly.
+    """Each picture `x0` (M, ...), siblings side by side, noised `draws` times, at times spread evenly up to `first`.
 
     `ids` name the prompts and `siblings` the pictures of each; they and `seed` key time and noise.
     """
     prompt = torch.arange(len(ids), device=x0.device).repeat_interleave(len(siblings))
     for draw in range(draws):
         keys = [sample_key(*seed, i, k, "draw", draw) for i in ids for k in siblings]
-        t, noise = drawn(keys, draw, draws, x0.shape[1:], x0.device)
+        t, noise = drawn(keys, draw, draws, first, x0.shape[1:], x0.device)
         yield Draw(noised(x0, noise, t), t, prompt, noise)
 
 
 class ForwardSettings(AlgorithmSettings):
-    """`draws` noisy copies of each picture, at times spread evenly; `kl` weighs |v - v_ref|^2."""
+    """`draws` copies of each picture, which `sampler` paints, noised to times spread evenly; `kl` weighs |v - v_ref|^2."""
 
+    sampler: Literal["ode", "heun", "dpm2m"] = "ode"
     draws: int = Field(2, ge=1)
     kl: float = Field(1e-4, ge=0)
     advantage_scale: Scale = "global"
@@ -77,12 +79,13 @@ class Forward(Algorithm):
         self.config = config
         self.needs_reference = config.kl > 0
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan.ode(steps, shift, siblings)
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
+        return Plan.ode(times, siblings, solver=self.config.sampler)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         return group_advantages(rewards_PK, valid_PK, self.config.advantage_scale, self.config.advantage_limit)
 
     def drawn(self, rollout: Rollout, ids: Sequence[str], seed: Sequence[str | int]) -> Iterator[Draw]:
         """The pictures noised, `draws` times."""
-        return forward_draws(rollout.latents, ids, rollout.plan.numbers, self.config.draws, seed)
+        plan = rollout.plan
+        return forward_draws(rollout.latents, ids, plan.numbers, self.config.draws, plan.times[0], seed)

@@ -39,11 +39,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from models.keys import sample_key
-from models.paths import schedule
 from models.samplers import SAMPLERS, Step, gaussian_kl, log_prob
 from pipeline.rl.advantage import Advantages, Baseline, Scale, group_advantages, win_rates
 from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.rl.settings import AlgorithmSettings
 
 
@@ -51,6 +50,7 @@ class GRPOConfig(AlgorithmSettings):
     """How steps are drawn, what they are worth, and how far an update may go.
 
     Attributes:
+        sampler, eta: see `models.samplers`; `ddim` with 1 is DDPM's ancestral step.
         window: stochastic steps; null for all but the last.
         last_start: the window starts anywhere from step 0 to this one.
         slide_every: iterations after which the window moves on by a step, beginning again behind `last_start`; at
@@ -66,8 +66,8 @@ class GRPOConfig(AlgorithmSettings):
     """
 
     type: Literal["grpo"] = "grpo"
-    sampler: Literal["sde", "dance", "cps"] = "cps"
-    eta: float = Field(0.7, gt=0, lt=1)
+    sampler: Literal["sde", "dance", "cps", "ddim"] = "cps"
+    eta: float = Field(0.7, gt=0, le=1)
     window: Annotated[int, Field(ge=1)] | None = 1
     last_start: int = Field(3, ge=0)
     slide_every: Annotated[int, Field(ge=1)] | None = None
@@ -139,12 +139,12 @@ class GRPO(Algorithm):
         self.config = config
         self.needs_reference = config.kl > 0
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
         config = self.config
         start, window = _start(config, seed, iteration), config.window
         if window is None:
-            start, window = 0, steps - 1
-        return Plan(steps, shift, config.sampler, config.eta, start, window, siblings, config.fans)
+            start, window = 0, len(times) - 2
+        return Plan(times, config.sampler, config.eta, start, window, siblings, config.fans)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         config = self.config
@@ -211,7 +211,7 @@ def noise_weight(plan: Plan, t: float, s: float) -> float:
     def std(t: float, s: float) -> float:
         return SAMPLERS[plan.sampler](x, x, t, s, plan.eta, None).std
 
-    others = [std(*pair) for pair in list(pairwise(schedule(plan.steps, plan.shift)))[:-1]]
+    others = [std(*pair) for pair in list(pairwise(plan.times))[:-1]]
     return std(t, s) * len(others) / sum(others)
 
 

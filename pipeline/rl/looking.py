@@ -5,8 +5,8 @@ exact on its own pictures it is (2101.09258, theorem 1, for the rectified flow)
 
     KL <= integral of (1 - t) / t E|v(x_t, t) - v_base(x_t, t)|^2 dt
 
-from the last time at which the sampler asks for a velocity to 1, summed over latent dimensions. Each picture is noised
-to one time of its own, siblings to times spread evenly.
+from the last time at which the sampler asks for a velocity to the first, summed over latent dimensions. Each picture is
+noised to one time of its own, siblings to times spread evenly.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.generator import Conditioning
 from models.keys import sample_key
-from models.paths import noised, schedule
+from models.paths import noised
 from models.samplers import keyed_noise
 from pipeline.prompts import PromptRow, PromptSource, draw_key
 from pipeline.rl.checks import Seen
@@ -99,7 +99,7 @@ def painted(trainer: Trainer, mine: Sequence[Wanted], seed: int, siblings: int) 
     """Pictures (N, H, W, 3) uint8 by the ODE from noise keyed by seed, prompt and sample, and what those of held-out
     prompts, which come first, say of the KL, which is the mean of that in nats. The policy is `trainer.averaged`."""
     generator, settings = trainer.generator, trainer.settings
-    plan = Plan.ode(settings.steps, settings.shift, siblings=1)
+    plan = Plan.ode(trainer.times, siblings=1)
     ids = [f"{one.prompt.id}/{one.sample}" for one in mine]
     with trainer.averaged():
         cond = generator.encode([one.prompt.text for one in mine])
@@ -131,17 +131,18 @@ def divergences(
 ) -> Iterator[float]:
     """Of each picture, given as latents, the integrand of the KL at one time, times the length of its range."""
     settings = trainer.settings
-    least = min(schedule(settings.steps, settings.shift)[-2], 0.5)  # a single step asks at 1 alone
+    first = trainer.times[0]
+    least = min(trainer.times[-2], first / 2)  # a single step asks at the first alone
     keys = [sample_key(seed, "watch", one.prompt.id, one.sample, "noise") for one in held]
     drawn = [(one.sample + sample_key(key, "time") / 2**63) / siblings for key, one in zip(keys, held, strict=True)]
-    t = least + (1 - least) * torch.tensor(drawn).to(latents)
+    t = least + (first - least) * torch.tensor(drawn).to(latents)
     x_t = noised(latents, keyed_noise(keys, latents.shape[1:], latents.device), t)
     for rows in torch.arange(len(held), device=t.device).split(settings.batch):
         asked = x_t[rows], t[rows], cond[rows]
         policy = trainer.generator.predict(*asked)
         with trainer.reference():
             away = (policy - trainer.generator.predict(*asked)).double()
-        yield from ((1 - least) * (1 - t[rows]) / t[rows] * away.square().flatten(1).sum(1)).tolist()
+        yield from ((first - least) * (1 - t[rows]) / t[rows] * away.square().flatten(1).sum(1)).tolist()
 
 
 def seen(sights: Sequence[Sight], kl: float, judged: bool) -> Seen:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from models import lora
-from models.generator import NativeGenerator
-from pipeline.rl.settings import TrainerSettings
+from models.generator import Generator
+from pipeline.rl.settings import LoraSettings, TrainerSettings
 from pipeline.settings import UserError
 
 
@@ -31,9 +31,14 @@ class Policy(Protocol):
 class AdapterPolicy:
     """A LoRA (2106.09685); the base model is the transformer with the adapter switched off."""
 
-    def __init__(self, generator: NativeGenerator, rank: int, alpha: float, seed: int):
-        self.network = generator.transformer
-        lora.attach(self.network, generator.lora_targets, rank, alpha, seed)
+    def __init__(self, generator: Generator, settings: LoraSettings, seed: int):
+        """Raises UserError where a target is none of the network's."""
+        self.network, self.prefix = generator.transformer, generator.lora_prefix
+        targets = settings.targets or generator.lora_targets
+        try:
+            lora.attach(self.network, targets, settings.rank, settings.alpha, seed)
+        except ValueError as error:
+            raise UserError(f"finetune.lora.targets: {error}") from None
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
         return lora.reference(self.network)
@@ -42,13 +47,13 @@ class AdapterPolicy:
         lora.merge_into(plain, self.network)
 
     def save(self, folder: Path) -> None:
-        lora.save(self.network, folder)
+        lora.save(self.network, folder, self.prefix)
 
 
 class WholePolicy:
     """Every weight of the transformer; the base model is a frozen copy, where one is kept."""
 
-    def __init__(self, generator: NativeGenerator, keep_base: bool):
+    def __init__(self, generator: Generator, keep_base: bool):
         self.network = generator.transformer.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.network.parameters()] if keep_base else None
 
@@ -79,8 +84,8 @@ class WholePolicy:
         self.network.save_pretrained(folder)
 
 
-def policy_of(generator: NativeGenerator, settings: TrainerSettings, needs_base: bool, seed: int) -> Policy:
+def policy_of(generator: Generator, settings: TrainerSettings, needs_base: bool, seed: int) -> Policy:
     """What `settings` train on `generator`, whose transformer becomes the policy's network."""
     if settings.lora is None:
         return WholePolicy(generator, needs_base and settings.keep_base)
-    return AdapterPolicy(generator, settings.lora.rank, settings.lora.alpha, seed)
+    return AdapterPolicy(generator, settings.lora, seed)

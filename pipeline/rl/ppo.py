@@ -31,7 +31,7 @@ from pipeline.rl.algorithm import Algorithm, Loss, Part, Velocities
 from pipeline.rl.critic import Critic, gae, value_loss
 from pipeline.rl.ddpo import PathConfig
 from pipeline.rl.grpo import GRPO, Steps
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.settings import Section
 from rewards.normalising import Normaliser
 
@@ -96,8 +96,8 @@ class PPO(Algorithm):
     def scaler(self, terms: int) -> Normaliser:
         return Normaliser("running", terms)
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return self.policy.rollout_plan(seed, iteration, steps, shift, siblings)
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
+        return self.policy.rollout_plan(seed, iteration, times, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         """The rewards themselves, NaN where there is none: the critic knows what to compare them with."""

@@ -24,7 +24,7 @@ from pipeline.rl.advantage import Advantages, group_advantages, unrated
 from pipeline.rl.algorithm import Algorithm, Examples, Loss, Velocities, apart
 from pipeline.rl.forward import forward_draws
 from pipeline.rl.preferred import Preferences
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.rl.settings import AlgorithmSettings
 
 
@@ -71,8 +71,8 @@ class RAFT(Algorithm):
         self.config, self.preferences = config, preferences
         self.needs_reference = config.kl > 0
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
-        return Plan.ode(steps, shift, siblings)
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
+        return Plan.ode(times, siblings)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         """Ranks within the group, K for the best; 0 where there is no reward."""
@@ -94,7 +94,7 @@ class RAFT(Algorithm):
             places = advantages_PK.topk(best).indices
             siblings = rollout.latents.unflatten(0, advantages_PK.shape)
             x0 = siblings[torch.arange(len(ids), device=places.device)[:, None], places].flatten(0, 1)
-        draws = forward_draws(x0, ids, range(best), self.config.draws, seed)
+        draws = forward_draws(x0, ids, range(best), self.config.draws, rollout.plan.times[0], seed)
         return [Chosen(draw.x_t, draw.t, draw.prompt, velocity(x0, draw.noise)) for draw in draws]
 
     def loss(self, examples: Chosen, v: Velocities) -> Loss:

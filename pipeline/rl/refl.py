@@ -24,11 +24,11 @@ from pydantic import Field
 from torch import Tensor
 
 from models.keys import sample_key
-from models.paths import endpoints, schedule
+from models.paths import endpoints
 from models.samplers import ode
 from pipeline.rl.advantage import Advantages, unrated
 from pipeline.rl.algorithm import Algorithm, Ask, Examples, Loss, Velocities
-from pipeline.rl.rollout import Plan, Rollout
+from pipeline.rl.rollout import Plan, Rollout, Times
 from pipeline.rl.settings import AlgorithmSettings
 
 
@@ -92,13 +92,13 @@ class DirectReward(Algorithm):
         self.config = config
         self.needs_reference = config.kl > 0
 
-    def rollout_plan(self, seed: int, iteration: int, steps: int, shift: float, siblings: int) -> Plan:
+    def rollout_plan(self, seed: int, iteration: int, times: Times, siblings: int) -> Plan:
         if isinstance(self.config, DRaFTConfig):
-            kept = steps - self.config.last
+            kept = len(times) - 1 - self.config.last
         else:
             drawn = random.Random(sample_key(seed, "late", iteration)).randint(1, self.config.late)
-            kept = steps - drawn
-        return Plan.ode(steps, shift, siblings, kept)
+            kept = len(times) - 1 - drawn
+        return Plan.ode(times, siblings, kept)
 
     def advantages(self, rewards_PK: Tensor, valid_PK: Tensor) -> Advantages:
         return unrated(rewards_PK)
@@ -107,7 +107,7 @@ class DirectReward(Algorithm):
         self, rollout: Rollout, advantages_PK: Tensor, ids: Sequence[str], seed: Sequence[str | int]
     ) -> Sequence[Ways]:
         plan, device = rollout.plan, rollout.latents.device
-        times = tuple(schedule(plan.steps, plan.shift)[plan.kept :])
+        times = plan.times[plan.kept :]
         if isinstance(self.config, ReFLConfig):
             times = times[0], 0.0
         prompt = torch.arange(len(ids), device=device).repeat_interleave(advantages_PK.shape[1])

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 
 from judges.base import Judge
-from models.generator import NativeGenerator
+from models.generator import Generator
 from models.keys import sample_key
 from pipeline.mixing import ModelTerm
 from pipeline.pictures import Pictures, pictures_of
@@ -52,7 +52,7 @@ class Refresh:
         self,
         context: Context,
         settings: RefreshSettings,
-        generator: NativeGenerator,
+        generator: Generator,
         learned: Sequence[tuple[ModelTerm, ModelReward]],
         iterations: int,
         judge: Callable[[], Judge],

@@ -11,6 +11,7 @@ Shapes: P prompts, K siblings, M inputs of a step: as many as the paths that hav
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Self
 
@@ -19,26 +20,26 @@ import torch
 from torch import Tensor
 
 from models.keys import sample_key
-from models.paths import schedule
-from models.samplers import SAMPLERS, keyed_noise, log_prob, ode
+from models.samplers import SAMPLERS, SOLVERS, euler, keyed_noise, log_prob, ode
 
 if TYPE_CHECKING:
     from models.generator import Conditioning, Generator
 
+Times = tuple[float, ...]
 Predict = Callable[[Tensor, float, "Conditioning"], Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to roll out: `steps` in all, of which `window` from step `start` are drawn by `sampler` with `eta`.
+    """How to roll out: over `times` that fall to 0; `sampler` draws `window` steps, from step `start`, with `eta`.
 
-    With no `window` all steps are the ODE's, and each sibling starts from noise of its own. `fans` tells into how many
-    each path parts at the steps of the window, from its first on; siblings that do not part there start from noise of
-    their own. Where it is None, all part at the first. Of the step `kept` the latents before it are kept.
+    With no `window` all steps are the ODE's, by `sampler` where that is a way to solve it, and each sibling starts from
+    noise of its own. `fans` tells into how many each path parts at the steps of the window, from its first on; siblings
+    that do not part there start from noise of their own. Where it is None, all part at the first. Of the step `kept`
+    the latents before it are kept.
     """
 
-    steps: int
-    shift: float
+    times: Times
     sampler: str
     eta: float
     start: int
@@ -49,9 +50,13 @@ class Plan:
     kept: int | None = None
 
     @classmethod
-    def ode(cls, steps: int, shift: float, siblings: int, kept: int | None = None) -> Self:
+    def ode(cls, times: Times, siblings: int, kept: int | None = None, solver: str = "ode") -> Self:
         """With no stochastic step."""
-        return cls(steps, shift, "ode", 0.0, 0, 0, siblings, kept=kept)
+        return cls(times, solver, 0.0, 0, 0, siblings, kept=kept)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
 
     @property
     def numbers(self) -> range:
@@ -134,8 +139,7 @@ def rollout(
 
     `features` is asked about the latents before each stochastic step, as `predict` is before every step.
     """
-    times = schedule(plan.steps, plan.shift)
-    device = cond.tokens.device
+    device = cond.device
     shape = generator.latent_shape
     prompts = torch.arange(len(ids), device=device)
     if plan.shares_start:
@@ -143,14 +147,16 @@ def rollout(
     else:
         keys = [sample_key(*seed, i, k, "start") for i in ids for k in range(plan.first, plan.first + plan.starts)]
     x, owner, width = keyed_noise(keys, shape, device), _expanded(prompts, plan.starts), plan.starts
-    transitions, kept = [], None
+    x = generator.prior_std(plan.times[0]) * x
+    solver = SOLVERS.get(plan.sampler, euler)
+    transitions, kept, last = [], None, None
 
-    def asked(network: Predict, t: float) -> Tensor:
+    def asked(network: Predict, x: Tensor, t: float) -> Tensor:
         return torch.cat([network(x[i : i + batch], t, cond[owner[i : i + batch]]) for i in range(0, len(x), batch)])
 
-    for step, (t, s) in enumerate(pairwise(times)):
+    for step, (t, s) in enumerate(pairwise(plan.times)):
         kept = x if step == plan.kept else kept
-        v = asked(predict, t)
+        v, last = solver(partial(asked, predict), x, t, s, last)
         if not plan.start <= step < plan.start + plan.window:
             x = ode(x, v, t, s).x
             continue
@@ -162,7 +168,7 @@ def rollout(
         drawn = SAMPLERS[plan.sampler](_expanded(x, fan), _expanded(v, fan), t, s, plan.eta, noise)
         old = log_prob(drawn.x, drawn.mean, drawn.std).unflatten(0, (len(x), fan))
         mean = drawn.mean[::fan].clone()
-        seen = asked(features, t) if features else None
+        seen = asked(features, x, t) if features else None
         transitions.append(Transition(t, s, x, drawn.x.unflatten(0, (len(x), fan)), owner, mean, old, seen))
         x, owner = drawn.x, _expanded(owner, fan)
     assert width == plan.siblings, f"{plan}: not all siblings have parted"

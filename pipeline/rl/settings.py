@@ -27,10 +27,15 @@ class AlgorithmSettings(Section):
 
 
 class LoraSettings(Section):
-    """The adapter (2106.09685): B A is scaled by `alpha` / `rank`."""
+    """The adapter (2106.09685): B A is scaled by `alpha` / `rank`.
+
+    Attributes:
+        targets: names, or endings of names, of the layers it is put on; null for those of the generator's family.
+    """
 
     rank: int = Field(32, ge=1)
     alpha: float = Field(64.0, gt=0)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
 
 
 class TrainerSettings(Section):
@@ -50,6 +55,8 @@ class TrainerSettings(Section):
             come; an adapter is switched off instead.
         dtype: in which the transformer computes, by autocast; weights, log-probabilities and losses are float32.
         gradient_checkpointing: compute the transformer's blocks once more for the gradient rather than keep them.
+        twin: a copy of the transformer, with the adapter merged into it, rolls out, which is faster; without one the
+            transformer that learns rolls out itself, in half the memory.
         batch: pictures a network call.
         overlap: lots in which the groups of an iteration are rolled out; one is rated while the next is rolled out,
             which pays where a server is the judge.
@@ -72,6 +79,7 @@ class TrainerSettings(Section):
     keep_base: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
+    twin: bool = True
     batch: int = Field(256, ge=1)
     overlap: int = Field(1, ge=1)
     compile: bool = False
@@ -82,6 +90,12 @@ class TrainerSettings(Section):
             raise ValueError(
                 f"updates: {self.updates} cannot share {self.groups} groups; make it {self.groups} or less"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _twin_is_compiled(self) -> Self:
+        if self.compile and not self.twin:
+            raise ValueError("compile: what is compiled is the twin; set finetune.twin to true, or compile to false")
         return self
 
 

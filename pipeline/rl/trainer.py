@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from models.generator import Conditioning, NativeGenerator
+from models.generator import Conditioning, Generator
 from pipeline.compiling import compile_module
 from pipeline.judging import told
 from pipeline.prompts import PromptRow
@@ -91,18 +91,19 @@ class Trainer:
     """Moves a LoRA on `generator`, or its whole transformer, towards `reward`, which may be a mixture.
 
     Rollouts run on `plain`, a twin of the transformer that is brought up to the policy before each of them: with a LoRA
-    merged into it, it is faster than base and adapter side by side, and the base weights stay exact.
+    merged into it, it is faster than base and adapter side by side, and the base weights stay exact. Where the settings
+    want no twin, `plain` is `tuned` itself.
 
     Args:
         measured: whether somebody beside the algorithm asks for the base model.
 
     Raises:
-        UserError: the groups cannot be shared out over the processes.
+        UserError: the groups cannot be shared out over the processes, or the algorithm cannot do without a twin.
     """
 
     def __init__(
         self,
-        generator: NativeGenerator,
+        generator: Generator,
         reward: Reward,
         algorithm: Algorithm,
         settings: TrainerSettings,
@@ -112,24 +113,31 @@ class Trainer:
     ):
         self.generator, self.reward, self.algorithm = generator, mixture_of(reward), algorithm
         self.settings, self.seed, self.accelerator = settings, seed, accelerator
-        plan = algorithm.rollout_plan(seed, 0, settings.steps, settings.shift, settings.group_size)
+        self.times = tuple(generator.times(settings.steps, settings.shift))
+        plan = algorithm.rollout_plan(seed, 0, self.times, settings.group_size)
         whole = algorithm.whole_groups or not plan.divisible
         size = settings.groups, settings.group_size, accelerator.num_processes
         self.shares = [share_of(*size, rank, whole) for rank in range(accelerator.num_processes)]
         self.share = self.shares[accelerator.process_index]
-        self.plain = copy.deepcopy(generator.transformer)
-        if settings.compile:
-            compile_module(self.plain, accelerator.device)
+        if algorithm.needs_old and settings.updates > 1 and not settings.twin:
+            raise UserError(
+                "finetune.twin: the algorithm asks the policy that rolled out, which over several updates a twin alone "
+                "remembers; set it to true, or finetune.updates to 1"
+            )
+        twin = copy.deepcopy(generator.transformer) if settings.twin else None
+        if twin is not None and settings.compile:
+            compile_module(twin, accelerator.device)
         needs_base = measured or algorithm.needs_reference or algorithm.needs_features
         self.policy = policy_of(generator, settings, needs_base, seed)
         self.tuned: nn.Module = self.policy.network
+        self.plain: nn.Module = self.tuned if twin is None else twin
         if settings.gradient_checkpointing:
             self.tuned.enable_gradient_checkpointing()
         self.trained = [p for p in self.tuned.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
         )
-        parts = algorithm.parts(generator.feature_width, seed)
+        parts = algorithm.parts(_feature_width(generator) if algorithm.needs_features else 0, seed)
         self.parts = {name: part.module.to(accelerator.device) for name, part in parts.items()}
         for part in parts.values():
             self.optimizer.add_param_group({"params": list(part.module.parameters()), "lr": part.learning_rate})
@@ -213,7 +221,7 @@ class Trainer:
         with ThreadPoolExecutor(max_workers=1) as rater:
             for lot in lots:
                 prompts = [mine[row] for row in lot.tolist()]
-                rolled.append(self._roll(cond[lot.to(cond.tokens.device)], prompts))
+                rolled.append(self._roll(cond[lot.to(cond.device)], prompts))
                 texts = [prompt.text for prompt in prompts for _ in self.share.siblings]
                 rated.append(rater.submit(copy_context().run, self.reward.each, list(rolled[-1].images), texts))
             return joined(rolled), np.concatenate([one.result() for one in rated])
@@ -264,9 +272,9 @@ class Trainer:
 
     def _roll(self, cond: Conditioning, prompts: Sequence[PromptRow]) -> Rollout:
         settings = self.settings
-        self.policy.merge_into(self.plain)
+        self._bring_up()
         siblings = self.share.siblings
-        plan = self.algorithm.rollout_plan(self.seed, self.done, settings.steps, settings.shift, len(siblings))
+        plan = self.algorithm.rollout_plan(self.seed, self.done, self.times, len(siblings))
         plan = replace(plan, first=siblings.start)
         ids = [prompt.id for prompt in prompts]
         features = self._features if self.algorithm.needs_features else None
@@ -280,11 +288,16 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Within the block `tuned` and `plain` are the moving average, which is what is kept in the end."""
         self.average.swap()
-        self.policy.merge_into(self.plain)
+        self._bring_up()
         try:
             yield
         finally:
             self.average.swap()
+
+    def _bring_up(self) -> None:
+        """Make the twin, if there is one, what `tuned` is now."""
+        if self.plain is not self.tuned:
+            self.policy.merge_into(self.plain)
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
         """Within the block `tuned` is the base model. Raises UserError where that was not kept."""
@@ -300,9 +313,8 @@ class Trainer:
         but computed in the dtype of the settings."""
 
         def predict(x: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-            times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
             with self._autocast():
-                v = network(x, times, cond.tokens)
+                v = self.generator.velocity(network, x, t, cond)
             return v.to(x.dtype)
 
         return predict
@@ -448,6 +460,14 @@ class Trainer:
 
     def _state(self) -> dict[str, nn.Module]:
         return {"lora": self.tuned, "average": self.average, **self.parts}
+
+
+def _feature_width(generator: Generator) -> int:
+    """Raises UserError where the generator's family has no features."""
+    try:
+        return generator.feature_width
+    except NotImplementedError as error:
+        raise UserError(f"finetune.algorithm: it asks for features of the generator: {error}") from None
 
 
 def _pieces(examples: Examples, groups: Tensor, size: int) -> Iterator[Examples]:
