@@ -1,75 +1,43 @@
-"""MM-DiT: text and image tokens, each with weights of its own, in joint attention (SD3, 2403.03206, section 4).
+"""MM-DiT: text and image tokens in joint attention (SD3, 2403.03206, section 4), in two streams, in one, or in both.
 
-adaLN-Zero (DiT, 2212.09748, section 3.2) on the time plus the pooled text, RMS-normalised queries and keys, an
-axial 2D RoPE on the image tokens, a squared ReLU (Primer, 2109.08668), which costs a CPU far less than GELU.
-Padded text tokens are attended to, as in SD3. What is left out: the second and third text encoders, and dual
-attention (SD3.5-M).
+In a block of two streams text and image have weights of their own (SD3, Qwen-Image), in one of a single stream they
+share them (Z-Image, 2511.22699), and a network may have first the one and then the other kind (FLUX, whose single
+blocks compute attention and MLP side by side, which is left out). With deep fusion (2505.10046) there are image tokens
+alone; in each block they also attend to the keys and values of a frozen language model's layer of the same number. The
+paper finds that such a network can do without being told the time; ours is told.
 
-Shapes: B batch, N image tokens, L text tokens, W width, H heads, D head dimension.
+adaLN-Zero (DiT, 2212.09748, section 3.2) on the time plus the pooled text, RMS-normalised queries and keys, an axial 2D
+RoPE, a squared ReLU: these are the defaults, see `models.layers` and `models.positions` for others. Padded text tokens
+are attended to, as in SD3. What is left out: the second and third text encoders, and dual attention (SD3.5-M).
+
+Shapes: B batch, N image tokens, L text tokens, W width, H heads, G heads of keys, D head dimension.
 """
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from models.positions import axial_rope, grid_ids, rotate
-
-
-class Stream(nn.Module):
-    """The weights that one modality has of its own in a block; one that is only `heard` is not changed by it."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, heard: bool = False):
-        super().__init__()
-        self.heads = heads
-        self.modulation = nn.Linear(width, (2 if heard else 6) * width)
-        self.norm_attention = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6)
-        if heard:
-            return
-        hidden = int(mlp_ratio * width)
-        self.out = nn.Linear(width, width)
-        self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp_in = nn.Linear(width, hidden)
-        self.mlp_out = nn.Linear(hidden, width)
-
-    def attention_in(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.norm_attention(x) * (1 + scale) + shift  # (B, N, W)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-        return self.norm_q(q), self.norm_k(k), v
-
-    def attention_out(self, x: Tensor, heard: Tensor, gate: Tensor) -> Tensor:
-        return x + gate * self.out(heard)
-
-    def mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        hidden = self.mlp_in(self.norm_mlp(x) * (1 + scale) + shift)
-        return x + gate * self.mlp_out(F.relu(hidden).square())
+from models.layers import Backbone, Shape, Stream, attend, cells_of, patched, placed, time_features, zeroed
+from models.positions import Encoding
 
 
 class Block(nn.Module):
     """One joint attention and one MLP for each of the two streams; the `last` block leaves the text as it is."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, last: bool):
+    def __init__(self, shape: Shape, last: bool):
         super().__init__()
         self.last = last
-        self.image = Stream(width, heads, mlp_ratio)
-        self.text = Stream(width, heads, mlp_ratio, heard=last)
+        self.image = Stream(shape)
+        self.text = Stream(shape, heard=last)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
         """Image tokens `x` (B, N, W) and text tokens `y` (B, L, W) under `c` (B, W)."""
-        mx = self.image.modulation(c)[:, None].chunk(6, -1)  # 6 x (B, 1, W)
-        my = self.text.modulation(c)[:, None].chunk(2 if self.last else 6, -1)
-        qx, kx, vx = self.image.attention_in(x, mx[0], mx[1])  # (B, H, N, D)
-        qy, ky, vy = self.text.attention_in(y, my[0], my[1])  # (B, H, L, D)
-        q = torch.cat([qy, rotate(qx, cos, sin)], 2)  # (B, H, L + N, D)
-        k = torch.cat([ky, rotate(kx, cos, sin)], 2)
-        v = torch.cat([vy, vx], 2)
-        heard = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L + N, W)
+        mx, my = self.image.modulated(c), self.text.modulated(c)
+        streams = zip(self.text.attention_in(y, *my[:2]), self.image.attention_in(x, *mx[:2]), strict=True)
+        q, k, v = (torch.cat(both, 2) for both in streams)  # (B, H or G, L + N, D)
+        heard = attend(self.image.shape.attention, q, k, v, encoding.turn)  # (B, L + N, W)
         heard_y, heard_x = heard.split([y.shape[1], x.shape[1]], 1)
         x = self.image.mlp(self.image.attention_out(x, heard_x, mx[2]), *mx[3:])
         if not self.last:
@@ -77,10 +45,57 @@ class Block(nn.Module):
         return x, y
 
 
-class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Predicts the velocity of latents (B, C, S, S) at times (B,) in [0, 1] under text tokens (B, L, W_text)."""
+class SingleBlock(nn.Module):
+    """Attention and MLP with the same weights for text and image."""
 
-    _supports_gradient_checkpointing = True
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.both = Stream(shape)
+
+    def forward(self, z: Tensor, c: Tensor, encoding: Encoding) -> Tensor:
+        """Text and then image tokens `z` (B, L + N, W) under `c` (B, W)."""
+        mods = self.both.modulated(c)
+        return self.both.mlp(self.both.attention(z, mods, encoding), *mods[3:])
+
+
+class FusedBlock(nn.Module):
+    """Image tokens attend to themselves and to a language model's layer."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.image = Stream(shape)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, c: Tensor, encoding: Encoding) -> Tensor:
+        """Image tokens `x` (B, N, W), `keys` and `values` (B, G, L, D) of the text, which know their own positions."""
+        mods, length = self.image.modulated(c), keys.shape[2]
+        q, k, v = self.image.attention_in(x, *mods[:2])
+
+        def turn_keys(k: Tensor) -> Tensor:
+            return torch.cat([k[:, :, :length], encoding.turn(k[:, :, length:])], 2)
+
+        k, v = torch.cat([keys.to(k.dtype), k], 2), torch.cat([values.to(v.dtype), v], 2)
+        heard = attend(self.image.shape.attention, q, k, v, encoding.turn, turn_keys)
+        return self.image.mlp(self.image.attention_out(x, heard, mods[2]), *mods[3:])
+
+
+class MMDiT(Backbone):
+    """Predicts the velocity of latents (B, C, S, S) at times (B,) in [0, 1] under text tokens (B, L, W_text).
+
+    Args:
+        size: of the latents that are trained on; others may be asked for.
+        depth: blocks, of which the last `single` have one stream.
+        fused: deep fusion; the text is then the keys and values of a language model of `depth` layers, with as many
+            heads of keys of the same dimension, as `models.text.memory` puts them into a row.
+        kv_heads: of keys and values; as many as of queries where it is None.
+        positions: a kind of `models.positions`, with its `theta` and `scaling`.
+        time_width: of the sinusoids of the time, as wide as the tokens where it is None; `time_endpoint` sets their
+            frequencies, see `models.layers.time_features`.
+
+    Raises:
+        ValueError: beginning with the field's name.
+    """
+
+    lora_layers = ("modulation", "qkv", "out", "mlp_in", "mlp_out", "text_in", "pooled_in")
 
     @register_to_config
     def __init__(
@@ -93,49 +108,79 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         heads: int = 3,
         text_width: int = 96,
         mlp_ratio: float = 4.0,
+        single: int = 0,
+        fused: bool = False,
+        kv_heads: int | None = None,
+        attention: str = "softmax",
+        mlp: str = "relu2",
+        qk_norm: bool = True,
+        positions: str = "axial",
+        theta: float = 100.0,
+        scaling: str = "interpolate",
+        time_width: int | None = None,
+        time_endpoint: bool = True,
     ):
+        shape = Shape(width, heads, kv_heads, mlp_ratio, mlp, attention, qk_norm)
+        if depth < 1:
+            raise ValueError(f"depth: {depth} is below 1")
+        if not 0 <= single <= depth:
+            raise ValueError(f"single: {single} of {depth} blocks")
+        if fused and single:
+            raise ValueError("single: with deep fusion there is no text stream to share weights with; set it to 0")
+        if fused and text_width != (row := 2 * depth * shape.key_heads * shape.head_dim):
+            raise ValueError(
+                f"text_width: {text_width}, but {depth} layers of {shape.key_heads} keys and values of "
+                f"{shape.head_dim} make {row}"
+            )
         super().__init__()
-        cells = size // patch
+        self.position_encoding = placed(positions, shape, cells_of(size, patch), depth, theta, scaling)
         self.patch_in = nn.Linear(channels * patch * patch, width)
-        self.text_in = nn.Linear(text_width, width)
-        self.pooled_in = nn.Linear(text_width, width)
-        self.time_in = TimestepEmbedding(width, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, i == depth - 1) for i in range(depth))
+        if not fused:
+            self.text_in = nn.Linear(text_width, width)
+            self.pooled_in = nn.Linear(text_width, width)
+        self.time_in = TimestepEmbedding(time_width or width, width)
+        double = depth - single
+        if fused:
+            blocks = [FusedBlock(shape) for _ in range(depth)]
+        else:
+            blocks = [Block(shape, i == depth - 1) for i in range(double)] + [SingleBlock(shape) for _ in range(single)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, channels * patch * patch)
-        angles = axial_rope(grid_ids(cells, cells), width // heads)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
         self.gradient_checkpointing = False
-        self._zero_init()
+        streams = [part for part in self.blocks.modules() if isinstance(part, Stream)]
+        zeroed(self.modulation_out, self.patch_out, *(stream.modulation for stream in streams))
 
-    def _zero_init(self) -> None:
-        last = [self.modulation_out, self.patch_out]
-        for layer in last + [s.modulation for b in self.blocks for s in (b.image, b.text)]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+    @property
+    def reads_language_model(self) -> bool:
+        return self.config.fused
 
     def hidden(self, latents: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, N, W) after the last block, and the time and text (B, W) that modulated it."""
-        p, cells = self.config.patch, self.config.size // self.config.patch
-        x = latents.unflatten(3, (cells, p)).unflatten(2, (cells, p))  # (B, C, h, p, w, p)
-        x = self.patch_in(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, N, W)
-        time = self.time_in(get_timestep_embedding(1000 * t, self.config.width).to(x.dtype))
+        features = time_features(t, self.config.time_width or self.config.width, self.config.time_endpoint)
+        time = self.time_in(features.to(latents.dtype))
+        x = self.patch_in(patched(latents, self.config.patch))  # (B, N, W)
+        if self.config.fused:
+            return self._fused(latents, x, F.silu(time), text)
+        length = text.shape[1]
+        encoding = self.encoding(latents, length)
         c = F.silu(time + self.pooled_in(text.mean(1)))  # (B, W)
-        y = self.text_in(text)  # (B, L, W)
-        for block in self.blocks:
-            asked = (x, y, c, self.cos, self.sin)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, y = self._gradient_checkpointing_func(block, *asked)
-            else:
-                x, y = block(*asked)
+        x, y = encoding.add(x), self.text_in(text)  # (B, N, W), (B, L, W)
+        double = self.config.depth - self.config.single
+        for index, block in enumerate(self.blocks[:double]):
+            x, y = self.run(block, x, y, c, encoding.layer(index))
+        if self.config.single:
+            z = torch.cat([y, x], 1)
+            for index, block in enumerate(self.blocks[double:], double):
+                z = self.run(block, z, c, encoding.layer(index))
+            x = z[:, length:]
         return x, c
 
-    def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        p, cells = self.config.patch, self.config.size // self.config.patch
-        x, c = self.hidden(latents, t, text)
-        shift, scale = self.modulation_out(c)[:, None].chunk(2, -1)
-        x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, C p p)
-        x = x.unflatten(2, (-1, p, p)).unflatten(1, (cells, cells))  # (B, h, w, C, p, p)
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, S, S)
+    def _fused(self, latents: Tensor, x: Tensor, c: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        encoding = self.encoding(latents, 0)
+        x = encoding.add(x)
+        heads = self.config.kv_heads or self.config.heads
+        layers = text.unflatten(2, (self.config.depth, 2, heads, -1)).permute(2, 3, 0, 4, 1, 5)  # (Y, 2, B, G, L, D)
+        for index, (block, (keys, values)) in enumerate(zip(self.blocks, layers, strict=True)):
+            x = self.run(block, x, keys, values, c, encoding.layer(index))
+        return x, c

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.generator import NativeGenerator
+from models.generator import Generator
 from rewards.backbones import LatentReward, RewardModel
 from rewards.mixture import Mixture
 from rewards.reward import ModelReward
@@ -26,7 +26,7 @@ class Gradient:
             with `reward`.
     """
 
-    def __init__(self, mixture: Mixture, generator: NativeGenerator):
+    def __init__(self, mixture: Mixture, generator: Generator):
         for term in mixture.terms:
             if not isinstance(term.reward, ModelReward) or not term.reward.model.differentiable:
                 raise ValueError(
@@ -57,7 +57,7 @@ class Gradient:
                 raise ValueError(f"reward: {term.name}: {error}") from None
 
 
-def _has_codec(model: RewardModel, generator: NativeGenerator) -> bool:
+def _has_codec(model: RewardModel, generator: Generator) -> bool:
     """Whether `model` reads latents, and they are the generator's."""
     if not isinstance(model, LatentReward):
         return False

@@ -15,8 +15,10 @@ from judges.shapes.oracle import follows
 from judges.shapes.render import render, scene_of
 from models import load_generator, sample
 from models.codec import to_images, to_pixels
+from models.paths import Parametrisation
 from pipeline.settings import load
-from pipeline.stages.pretrain import PretrainConfig, captions_of, pretrain, repainted
+from pipeline.stages.flow import captions_of
+from pipeline.stages.pretrain import PretrainConfig, pretrain, repainted
 from rewards.backbones import QFormerReward
 
 JOBS = {
@@ -58,6 +60,14 @@ def test_a_generator_is_published_with_its_recipe_and_quality(published):
     quality = json.loads((folder / "quality.json").read_text())
     assert 0 <= quality["gold"] <= 1
     assert yaml.safe_load((folder / "pretrain.yaml").read_text())["clean_steps"] == 1
+
+
+def test_a_generator_of_diffusion_keeps_what_it_predicts_and_on_which_path(published):
+    objective = {"path": "vp", "prediction": "eps", "times": "uniform", "weight": "min-snr"}
+    generator = load_generator(published("generator", "diffusion", objective=objective, unconditional=0.5))
+    assert generator.parametrisation == Parametrisation("vp", "eps")
+    image = next(iter(sample(generator, ["a red ring"], [0], steps=2)))
+    assert image.shape == (32, 32, 3)
 
 
 def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(published):

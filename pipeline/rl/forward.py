@@ -61,7 +61,7 @@ def forward_draws(
 
 
 class ForwardSettings(AlgorithmSettings):
-    """`draws` copies of each picture, which `sampler` paints, noised to times spread evenly; `kl` weighs |v - v_ref|^2."""
+    """`draws` copies of each picture `sampler` paints, noised to times spread evenly; `kl` weighs |v - v_ref|^2."""
 
     sampler: Literal["ode", "heun", "dpm2m"] = "ode"
     draws: int = Field(2, ge=1)

@@ -1,4 +1,4 @@
-"""Pretraining of the embedded world's generator and judge: what rebuilds the shipped checkpoints.
+"""Pretraining of the embedded world's generator and judge: what rebuilds the shipped checkpoints, and ablations.
 
 Not a stage of a run: `python -m pipeline pretrain CONFIG`. Resumable; the finished checkpoint goes to `publish`,
 with its settings and the quality measured on held-out prompts beside it.
@@ -9,11 +9,11 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -37,42 +37,31 @@ from judges.qformer import (
     small_config,
 )
 from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, Example, clean, patch_targets
-from judges.shapes.grammar import SKILLS, Prompt, change_one, sample_prompt, vocabulary
+from judges.shapes.grammar import change_one, sample_prompt, vocabulary
 from judges.shapes.lessons import answering_batch, contrast_batch, matching_batch, vision_examples
-from judges.shapes.oracle import gold
 from judges.shapes.questions import queries, question_vocabulary
 from judges.shapes.render import SIZE, Scene, render, scene_of
 from judges.stage1 import stage1_losses
 from models.codec import Codec, codec_loss, to_images, to_pixels
-from models.generator import NativeGenerator, sample
+from models.generator import NativeGenerator
 from models.keys import sample_key
-from models.pretrain import Batch, new_generator, pretraining_loss
 from models.text import word_tokenizer
-from pipeline.compiling import compile_module
+from pipeline.networks import MMDiTNetwork, NetworkConfig
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.settings import Section, dump
+from pipeline.stages.ablation import AblationJob, ablate
+from pipeline.stages.flow import FlowConfig, Optimisation, gallery_of, measured, run_task, train_flow
 from pipeline.store import atomic_write_text
-from pipeline.training import Average, hybrid_optimizers, steps_done, train, trapezoid
 
 TEXT_TOKENS = 16
 """To how many tokens a prompt is padded for image-text matching."""
 
 
-class Optimisation(Section):
-    """Muon's learning rate for hidden matrices, AdamW's for the rest, and the moving average of the weights."""
-
-    matrix_lr: float = Field(3e-3, gt=0)
-    lr: float = Field(1e-3, gt=0)
-    average: float = Field(0.998, ge=0, lt=1)
-    save_every: int = Field(100, ge=1)
-
-
-class GeneratorJob(Section):
-    """A codec, then an MM-DiT on its latents of `pictures` renderings.
+class GeneratorJob(FlowConfig):
+    """A codec, then a network on its latents.
 
     In the codec's loss `meaning` weighs how well shape, colour and place are read from the latents linearly; its
-    decoder then has `decoder_steps` alone, on less noise, to become crisp. The MM-DiT sees true captions for
-    `clean_steps`, and then for `noisy_steps` captions of which a share `noise` has one attribute changed.
+    decoder then has `decoder_steps` alone, on less noise, to become crisp.
     """
 
     type: Literal["generator"]
@@ -80,17 +69,12 @@ class GeneratorJob(Section):
     decoder_steps: int = Field(2000, ge=1)
     codec_lr: float = Field(4e-3, gt=0)
     meaning: float = Field(0.1, ge=0)
-    pictures: int = Field(60000, ge=1)
-    width: int = 96
-    depth: int = 4
-    text_depth: int = 1
-    max_tokens: int = 12
-    batch: int = 128
-    clean_steps: int = Field(4500, ge=0)
-    noisy_steps: int = Field(1500, ge=0)
-    noise: float = Field(0.4, ge=0, le=1)
-    compile: bool = True
-    optimisation: Optimisation = Optimisation()
+    network: Annotated[NetworkConfig, Field(discriminator="type")] = MMDiTNetwork()
+
+    @model_validator(mode="after")
+    def _network_can_be_built(self) -> Self:
+        self.check(self.network)
+        return self
 
 
 class JudgeJob(Section):
@@ -129,7 +113,7 @@ class PretrainConfig(Section):
     out: str = "runs/pretrain"
     publish: str
     seed: int = 0
-    job: Annotated[GeneratorJob | JudgeJob, Field(discriminator="type")]
+    job: Annotated[GeneratorJob | JudgeJob | AblationJob, Field(discriminator="type")]
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -139,72 +123,24 @@ def pretrain(config: PretrainConfig) -> None:
     folder = Path(config.out) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     job = config.job
-    build = _generator if isinstance(job, GeneratorJob) else _judge
-    fresh = folder / "checkpoint"
-    quality = build(job, config.seed, folder, fresh, progress)
-    atomic_write_text(fresh / "quality.json", json.dumps(quality, indent=2) + "\n")
+    fresh, result = folder / "checkpoint", "quality.json"
+    match job:
+        case GeneratorJob():
+            quality = _generator(job, config.seed, folder, fresh, progress)
+        case JudgeJob():
+            quality = _judge(job, config.seed, folder, fresh, progress)
+        case AblationJob():
+            fresh, result = folder / "ablation", "table.json"
+            fresh.mkdir(exist_ok=True)
+            quality = ablate(job, config.seed, folder, progress)
+    atomic_write_text(fresh / result, json.dumps(quality, indent=2) + "\n")
     atomic_write_text(fresh / "pretrain.yaml", f"seed: {config.seed}\n{dump(config.job)}")
     shutil.copytree(fresh, config.publish, dirs_exist_ok=True)
     progress.say(f"{config.publish}: {json.dumps(quality)}")
 
 
-def _train(
-    name: str,
-    loss_at: Callable[[int], Tensor],
-    modules: Mapping[str, nn.Module],
-    steps: int,
-    decay: int,
-    settings: Optimisation,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    """Run one task and leave the averaged weights in `modules`."""
-    optimizers = hybrid_optimizers(modules, settings.matrix_lr, settings.lr)
-    average = Average(modules, settings.average)
-    recent: list[float] = []
-    with progress.track(steps, "steps", name, steps_done(folder / name)) as advance:
-
-        def on_step(step: int, loss: float) -> None:
-            recent.append(loss)
-            advance(1, loss=float(np.mean(recent[-50:])))
-
-        train(
-            loss_at,
-            modules,
-            optimizers,
-            steps,
-            lambda step: trapezoid(step, steps, 50, decay),
-            folder / name,
-            average,
-            settings.save_every,
-            on_step=on_step,
-        )
-    average.swap()
-
-
-def captions_of(prompts: Sequence[Prompt], noise: float, rng: random.Random) -> list[str]:
-    """The texts of `train` prompts, a share `noise` of them with one attribute changed, within the split: held-out
-    prompts are neither shown nor lied about."""
-    return [(change_one(p, rng, "train") if rng.random() < noise else p).text for p in prompts]
-
-
-def _gallery(codec: Codec, pictures: int, seed: int, progress: Progress) -> tuple[list[Prompt], Tensor]:
-    """Prompts and the latents of a rendering of each."""
-    prompts, latents = [], []
-    with progress.track(pictures, "pictures", "gallery", 0) as advance:
-        for start in range(0, pictures, 256):
-            rng = random.Random(sample_key(seed, "gallery", start))
-            drawn = [sample_prompt(rng, "train") for _ in range(min(256, pictures - start))]
-            images = render([scene_of(prompt, rng, lattice=True) for prompt in drawn])
-            with torch.no_grad():
-                latents.append(codec.encode(to_pixels(images)))
-            prompts += drawn
-            advance(len(drawn))
-    return prompts, torch.cat(latents)
-
-
 def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
-    generator = new_generator(vocabulary(), SIZE, job.width, job.depth, job.text_depth, job.max_tokens, seed)
+    generator = job.new_generator(job.network, seed)
     codec = generator.codec
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -225,31 +161,14 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
 
     slow = job.optimisation.model_copy(update={"lr": job.codec_lr})
     parts = {"codec": codec, "head": head}
-    _train("codec", codec_at, parts, job.codec_steps, job.codec_steps // 2, slow, folder, progress)
+    run_task("codec", codec_at, parts, job.codec_steps, job.codec_steps // 2, slow, folder, progress)
     codec.encoder.requires_grad_(False)
     decoder = {"decoder": codec.decoder}
-    _train("decoder", decoder_at, decoder, job.decoder_steps, job.decoder_steps // 2, slow, folder, progress)
+    run_task("decoder", decoder_at, decoder, job.decoder_steps, job.decoder_steps // 2, slow, folder, progress)
     codec.requires_grad_(False)
-    prompts, latents = _gallery(codec, job.pictures, seed, progress)
-
-    def captions_at(step: int) -> Batch:
-        rng = random.Random(sample_key(seed, "flow", step))
-        chosen = [rng.randrange(job.pictures) for _ in range(job.batch)]
-        noise = job.noise if step >= job.clean_steps else 0.0
-        return latents[chosen], captions_of([prompts[i] for i in chosen], noise, rng)
-
-    if job.compile:
-        compile_module(generator.transformer, generator.device)
-    modules = {"transformer": generator.transformer, "text_encoder": generator.text_encoder}
-    loss_at = pretraining_loss(generator, captions_at, seed)
-    steps = job.clean_steps + job.noisy_steps
-    _train("flow", loss_at, modules, steps, job.noisy_steps, job.optimisation, folder, progress)
+    train_flow(job, generator, gallery_of(codec, job.pictures, seed, progress), seed, folder, progress)
     generator.save_pretrained(out)
-    prompts = [sample_prompt(random.Random(i), "eval", SKILLS[i % len(SKILLS)]) for i in range(510)]
-    images = list(sample(NativeGenerator.from_pretrained(out), [p.text for p in prompts], range(510)))
-    right = np.array(gold(images, [p.text for p in prompts]))
-    per_skill = {skill: float(right[i :: len(SKILLS)].mean()) for i, skill in enumerate(SKILLS)}
-    return {"gold": float(right.mean()), "per_skill": per_skill, "images": len(images)}
+    return measured(NativeGenerator.from_pretrained(out))
 
 
 def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
@@ -307,7 +226,7 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
         return answering_loss(model, seen(batch.images, "answering", step), torch.tensor(batch.index), ids, target)
 
     def teach(task: str, loss_at: Callable[[int], Tensor], modules: Mapping[str, nn.Module], steps: int) -> None:
-        _train(task, loss_at, modules, steps, steps // 3, job.optimisation, folder, progress)
+        run_task(task, loss_at, modules, steps, steps // 3, job.optimisation, folder, progress)
 
     teach("vision", vision_at, {"vision": matcher.vision_model, "head": head}, job.vision_steps)
     matcher.vision_model.requires_grad_(False)

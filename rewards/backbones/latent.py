@@ -130,8 +130,7 @@ class LatentReward(RewardModel):
 
     def parts(self) -> Parts:
         body = self.transformer
-        stem = (body.patch_in, body.text_in, body.pooled_in, body.time_in)
-        return Parts(tower=(), stem=stem, layers=tuple(body.blocks), top=(self.head,))
+        return Parts(tower=(), stem=body.stem, layers=tuple(body.blocks), top=(self.head,))
 
     def networks(self) -> tuple[nn.Module, ...]:
         return ()
