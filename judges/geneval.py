@@ -10,6 +10,7 @@ GenEval itself detects objects and classifies their colours; what is here asks a
 """
 
 import difflib
+import random
 import re
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ from judges.base import Question
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
+FEW = ("two", "three", "four")
+"""The counts that GenEval's own prompts ask for."""
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -55,6 +59,29 @@ class Object:
 
 Meaning = tuple[Object, ...]
 """The objects of a prompt in GenEval's order: what a position relates to comes first, otherwise as in the text."""
+
+
+def sample_prompt(rng: random.Random, skill: str) -> str:
+    """A prompt that exercises one of `SKILLS`, drawn evenly over classes, colours, counts and relations."""
+    first, second = rng.sample(CLASSES, 2)
+    colours = rng.sample(COLOURS, 2)
+    match skill:
+        case "single_object":
+            body = _with_article(first)
+        case "two_object":
+            body = f"{_with_article(first)} and {_with_article(second)}"
+        case "counting":
+            body = f"{rng.choice(FEW)} {_geneval_plural(first)}"
+        case "colors":
+            body = _with_article(f"{colours[0]} {first}")
+        case "position":
+            body = f"{_with_article(first)} {rng.choice(RELATIONS)} {_with_article(second)}"
+        case "color_attribution":
+            both = (f"{colour} {name}" for colour, name in zip(colours, (first, second), strict=True))
+            body = " and ".join(map(_with_article, both))
+        case _:
+            raise ValueError(f"skill: unknown {skill}; known here: {', '.join(SKILLS)}")
+    return _PREFIX + body
 
 
 def parse(text: str) -> Meaning:

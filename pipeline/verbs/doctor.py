@@ -58,7 +58,7 @@ def doctor(config: Any, as_json: bool = False) -> bool:
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         context = Context(config, Artifact(Path(folder) / "finetune"), {}, process, silent)
         with Servers(Path(folder), "doctor", shown.say):
-            for check in diagnosed(examined(config, context, note)):
+            for check in _all(context, note):
                 found.append(check)
                 _print(check, shown.console)
     healthy = [all(check.ok is not False for check in found)]
@@ -67,6 +67,14 @@ def doctor(config: Any, as_json: bool = False) -> bool:
         told = {"healthy": healthy[0], "notes": notes, "checks": [_finite(asdict(check)) for check in found]}
         print(json.dumps(told, indent=2, allow_nan=False))
     return healthy[0]
+
+
+def _all(context: Context, note: Callable[[str], None]) -> Iterator[Check]:
+    """The memory of all stages, and if there is enough of it, what takes the run's own parts to find out."""
+    first = forecast.stages(context.config, context.accelerator.num_processes)
+    yield first
+    if first.ok is not False:
+        yield from diagnosed(examined(context.config, context, note))
 
 
 def diagnosed(subject: Subject) -> Iterator[Check]:

@@ -31,7 +31,7 @@ from pipeline.runner import process_state, states
 from pipeline.settings import UserError
 from pipeline.stages import STAGES
 from pipeline.stages.reward import trained_loss
-from pipeline.store import Artifact, RunLock, atomic_write_text, fingerprint, hash_path
+from pipeline.store import Artifact, RunLock, atomic_write_text, fingerprint
 from rewards.evaluation import CEILING, Evaluation, evaluate
 from rewards.losses import BradleyTerry
 from rewards.tables import Table
@@ -148,11 +148,10 @@ def _folder(config: Any | None, table: str | Path | None, to: str | Path | None)
 
 def _check_free(artifact: Artifact) -> None:
     """Raises UserError where something that is no evaluation would be lost."""
-    folder, manifest = artifact.folder, artifact.manifest
+    manifest = artifact.manifest
     if manifest and manifest.extra.get("verb") != VERB:
-        raise UserError(f"{folder} holds the result of something else; name another folder by --to")
-    if not artifact.fingerprint and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; name another folder by --to")
+        raise UserError(f"{artifact.folder} holds the result of something else; name another folder by --to")
+    artifact.check_free()
 
 
 def _depends(job: Job) -> dict[str, Any]:
@@ -164,7 +163,7 @@ def _depends(job: Job) -> dict[str, Any]:
     }
     if config := job.config:
         depends |= {"config": config.model_dump(mode="json", exclude={"out"}), "judge": config.judge.depends()}
-        depends |= {"generator": hash_path(config.generator.checkpoint), "prompts": config.prompts.depends()}
+        depends |= {"generator": config.generator.depends(), "prompts": config.prompts.depends()}
     if job.settings.baseline:
         with told("evaluate_reward.baseline"):
             depends["baseline"] = checkpoint_id(job.settings.baseline)

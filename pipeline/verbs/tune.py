@@ -187,8 +187,7 @@ def _check_free(artifact: Artifact, digest: str) -> None:
         raise UserError(
             f"{folder} holds a judge tuned by other settings or labels; name another folder by --to, or delete it"
         )
-    if not artifact.fingerprint and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; name another folder by --to")
+    artifact.check_free()
 
 
 def _judged(judge: Judge, cases: Sequence[Case], progress: Progress) -> list[Verdict]:

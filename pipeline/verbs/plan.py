@@ -1,0 +1,35 @@
+"""The verb `plan`: what a run would do, how long it takes and how much memory, from its settings alone."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from models.geometry import Unknown
+from pipeline import forecast
+from pipeline.runner import print_plan, process_state, states
+from pipeline.settings import UserError
+from pipeline.stages import STAGES
+
+
+def plan(config: Any, run_dir: Path, memory: float | None = None, rate: float | None = None) -> None:
+    """Print the stages with their time, and what each holds in memory; change nothing.
+
+    Args:
+        memory: GiB, and rate: 1e12 matmul operations a second, of another device to plan for.
+
+    Raises:
+        UserError: a stage takes more memory than there is.
+    """
+    console, processes = Console(), process_state().num_processes
+    print_plan(states(config, STAGES, run_dir), console, rate and rate * 1e12)
+    room = round(memory * forecast.GIB) if memory else forecast.device_memory(processes)
+    try:
+        found = forecast.needs(config, processes, room)
+    except Unknown as error:
+        console.print(f"memory: not known, as {error}", markup=False, highlight=False, soft_wrap=True)
+        return
+    forecast.print_needs(found, room, console)
+    for need in found:
+        if need.total > room:
+            raise UserError(forecast.told(config, need, room, processes))
