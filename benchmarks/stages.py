@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.generator import load_generator, sample
+from models.generator import sample
 from pipeline.config import Config
 from pipeline.progress import quiet_libraries
 from pipeline.prompts import draw_key
@@ -60,7 +60,7 @@ def matmul_rate(size: int = 1024, repeats: int = 30) -> float:
 def timings(config: Config, images: int, repeats: int) -> list[Timing]:
     """The work of the stages sample, judge, finetune (its reward, and one iteration) on `images` pictures."""
     process_state()
-    generator = load_generator(config.generator.checkpoint)
+    generator = config.generator.build("cpu")
     judge = config.judge.build("cpu")
     reward = ModelReward(config.reward.untrained(config.seed))
     texts = [row.text for row in config.prompts.held_out(0, images)]

@@ -76,13 +76,17 @@ for _name, _help in _STAGES.items():
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Show what a run would do and about how long it takes; change nothing."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a device's, to plan for that one.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Its matmul rate in 1e12 operations a second.")] = None,
+) -> None:
+    """Show what a run would do, about how long it takes and how much memory; exit code 2 where it does not fit."""
     settings, run_dir = _settings(config, overrides)
-    from pipeline import runner
-    from pipeline.stages import STAGES
+    from pipeline.verbs.plan import plan as show
 
-    runner.print_plan(runner.states(settings, STAGES, run_dir), Console())
+    show(settings, run_dir, memory, rate)
 
 
 @app.command()
@@ -149,6 +153,21 @@ def tune(
 
 
 @app.command()
+def invert(
+    config: ConfigFile,
+    image: Annotated[Path, typer.Option(help="PNG, JPEG or WebP.")],
+    prompt: Annotated[str, typer.Option(help="What it shows.")],
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the result; one in the run's without it.")] = None,
+) -> None:
+    """Find the noise that a picture is painted from, and what the tuned generator makes of it."""
+    settings, _ = _settings(config, overrides)
+    from pipeline.verbs.invert import invert as find
+
+    find(settings, image, prompt, to)
+
+
+@app.command()
 def doctor(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -160,6 +179,19 @@ def doctor(
 
     if not examine(settings, as_json=as_json):
         raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="Of a finished run: runs/NAME.")],
+    format: Annotated[str, typer.Option(help="diffusers, comfyui or merged.")] = "diffusers",
+    to: Annotated[Path | None, typer.Option(help="Folder of the result; one in the run's without it.")] = None,
+    push: Annotated[str | None, typer.Option(help="Hub repository, owner/name, that it goes to besides.")] = None,
+) -> None:
+    """Write what a run tuned in a form that other programs read, with a model card."""
+    from pipeline.verbs.export import export as write
+
+    write(run, format, to, push)
 
 
 @app.command()

@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.assessing.settings import EvaluateRewardConfig
+from pipeline.generating import GeneratorConfig
+from pipeline.inverting import InvertConfig
 from pipeline.judging import AuditConfig, JudgeConfig, TuneConfig
 from pipeline.prompts import PromptSource
 from pipeline.settings import Section
@@ -14,12 +16,6 @@ from pipeline.stages.prefer import PreferConfig
 from pipeline.stages.report import ReportConfig
 from pipeline.stages.reward import RewardConfig
 from pipeline.stages.sample import SampleConfig
-
-
-class GeneratorConfig(Section):
-    """Which generator: the folder that `models.load_generator` reads."""
-
-    checkpoint: str
 
 
 class Config(Section):
@@ -40,3 +36,4 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     evaluate_reward: EvaluateRewardConfig = EvaluateRewardConfig()
     report: ReportConfig = ReportConfig()
+    invert: InvertConfig = InvertConfig()

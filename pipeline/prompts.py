@@ -1,4 +1,4 @@
-"""Where prompts come from: the embedded world's grammar, or a person's text files."""
+"""Where prompts come from: the embedded world's grammar, GenEval's, or a person's text files."""
 
 import random
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
+from judges import geneval
 from judges.shapes.grammar import SKILLS, sample_prompt
 from models.keys import sample_key
 from pipeline.settings import Section, UserError
@@ -49,6 +50,39 @@ class ShapesPrompts(Section):
         return [PromptRow(prompt.text, prompt.skill) for prompt in prompts]
 
 
+class GenEvalPrompts(Section):
+    """Prompts by GenEval's grammar (2310.11513), an eighth of them to measure on and the others to learn from."""
+
+    type: Literal["geneval"]
+
+    def depends(self) -> dict:
+        return self.model_dump()
+
+    def draw(self, seed: int, count: int) -> list[PromptRow]:
+        """`count` different prompts to learn from, even over skills as far as a skill has that many."""
+        rng = random.Random(seed)
+        found: dict[str, PromptRow] = {}
+        for attempt in range(50 * count):
+            if len(found) == count:
+                break
+            prompt = self._drawn(rng, attempt, held_out=False)
+            found.setdefault(prompt.text, prompt)
+        return list(found.values())
+
+    def held_out(self, seed: int, count: int) -> list[PromptRow]:
+        """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
+        rng = random.Random(seed)
+        return [self._drawn(rng, place, held_out=True) for place in range(count)]
+
+    @staticmethod
+    def _drawn(rng: random.Random, place: int, held_out: bool) -> PromptRow:
+        skill = geneval.SKILLS[place % len(geneval.SKILLS)]
+        while True:
+            prompt = PromptRow(geneval.sample_prompt(rng, skill), skill)
+            if (int(prompt.id, 16) % 8 == 0) == held_out:
+                return prompt
+
+
 class FilePrompts(Section):
     """UTF-8 text files with one prompt a line: `train` to learn from, `eval` to measure on."""
 
@@ -72,7 +106,7 @@ class FilePrompts(Section):
         return [order[i % len(order)] for i in range(count)]
 
 
-PromptSource = ShapesPrompts | FilePrompts
+PromptSource = ShapesPrompts | GenEvalPrompts | FilePrompts
 
 
 def _lines(path: str, field: str) -> list[PromptRow]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -52,10 +52,12 @@ class Interrupted(SystemExit):
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage expects to do: images to make or look at, and seconds on the reference machine."""
+    """What a stage expects to do: images to make or look at, and seconds on the reference machine, if it did as many
+    operations a second in `dtype`."""
 
     images: int = 0
     seconds: float = 0.0
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Stage:
         work: the work expected, for the plan.
         run: writes to `context.artifact` what is not there yet.
         wanted: whether a config has a use for it; a stage that is not wanted is none of the run's, and nobody's need.
+        check: raises UserError where this machine cannot do the work; asked before any is done.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Stage:
     work: Callable[[Any], Work]
     run: Callable[["Context"], None]
     wanted: Callable[[Any], bool] = lambda config: True
+    check: Callable[[Any], None] = lambda config: None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,11 @@ class StageState:
     stage: Stage
     fingerprint: str
     state: Literal["reuse", "resume", "run"]
-    work: Work
+    config: Any
+
+    @cached_property
+    def work(self) -> Work:
+        return self.stage.work(self.config)
 
 
 class StopFlag:
@@ -227,7 +235,7 @@ def states(config: Section, stages: Sequence[Stage], run_dir: str | Path) -> lis
         artifact = Artifact(Path(run_dir) / stage.name)
         begun = "resume" if artifact.fingerprint == digest else "run"
         state = "reuse" if artifact.complete(digest) else begun
-        found.append(StageState(stage, digest, state, stage.work(config)))
+        found.append(StageState(stage, digest, state, config))
     return found
 
 
@@ -255,20 +263,28 @@ def seconds(run_dir: str | Path) -> dict[str, float]:
     return {stage: spent.get((stage, digest), 0.0) for stage, digest in latest.items()}
 
 
-def print_plan(found: Sequence[StageState], console: Console) -> None:
-    """Show what a run would do and how long it may take here; measures this machine for 0.2 seconds."""
+def print_plan(found: Sequence[StageState], console: Console, speed: float | None = None) -> None:
+    """Show what a run would do and how long it may take here; measures this machine for 0.2 seconds a dtype.
+
+    Args:
+        speed: that of another machine, matmul operations a second, to plan for.
+    """
     process = process_state()
-    scale = REFERENCE_SPEED / _speed(process.device) / process.num_processes
     todo = [entry for entry in found if entry.state != "reuse"]
+
+    def seconds(work: Work) -> float:
+        rate = speed or _speed(process.device, work.dtype)
+        return work.seconds * REFERENCE_SPEED / rate / process.num_processes
+
     table = Table("stage", "state", "images", "time", show_footer=True)
     for column in table.columns[2:]:
         column.justify = "right"
     for entry in found:
         work = entry.work if entry in todo else Work()
-        table.add_row(entry.stage.name, entry.state, _count(work.images), _about(work.seconds * scale))
+        table.add_row(entry.stage.name, entry.state, _count(work.images), _about(seconds(work)))
     table.columns[0].footer = "total"
     table.columns[2].footer = _count(sum(entry.work.images for entry in todo))
-    table.columns[3].footer = _about(sum(entry.work.seconds for entry in todo) * scale)
+    table.columns[3].footer = _about(sum(seconds(entry.work) for entry in todo))
     console.print(table)
 
 
@@ -318,6 +334,9 @@ def _prepare(
                     f"{entry.stage.name} needs the result of {need}, which is not complete in {run_dir} "
                     f"for these settings; run the stage {need} first"
                 )
+    for entry in chosen:
+        if entry.stage.name in todo:
+            entry.stage.check(config)
     atomic_write_text(run_dir / "config.yaml", dump(config))
     for name in standing:
         Artifact(run_dir / name).tidy()
@@ -403,10 +422,11 @@ def _events(run_dir: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _speed(device: torch.device) -> float:
-    """fp32 matmul operations a second of `device`: the fastest of the products of 0.2 seconds."""
+@cache
+def _speed(device: torch.device, dtype: str) -> float:
+    """Matmul operations a second of `device` in `dtype`: the fastest of the products of 0.2 seconds."""
     size = 1024
-    matrix = torch.ones(size, size, device=device)
+    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
     fastest, started = float("inf"), time.perf_counter()
     while (begun := time.perf_counter()) - started < 0.2:
         float((matrix @ matrix)[0, 0])

@@ -202,6 +202,11 @@ class Artifact:
             shutil.rmtree(self.resume, ignore_errors=True)
             _unlink(self.folder / _PARTIAL)
 
+    def check_free(self) -> None:
+        """Raises UserError where `begin` would remove what is no artifact's."""
+        if not self.fingerprint and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} is not empty; name another folder by --to")
+
     def complete(self, fingerprint: str) -> bool:
         """Whether the manifest stands, is of this fingerprint, and every hash holds."""
         manifest = self.manifest

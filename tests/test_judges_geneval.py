@@ -1,12 +1,13 @@
 """GenEval's prompts: the text alone gives the meaning of the published metadata, and the questions ask for it all."""
 
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 
-from judges.geneval import CLASSES, Object, decompose, parse
+from judges.geneval import CLASSES, SKILLS, Object, decompose, parse, sample_prompt
 from judges.questions import checked_graph
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data/geneval.jsonl").read_text().splitlines()]
@@ -132,3 +133,14 @@ def test_questions_are_english(text, asked):
 def test_what_the_grammar_does_not_hold_is_an_error_that_helps(text, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         decompose(text)
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_what_is_drawn_is_read_back_and_asks_for_its_skill(skill):
+    rng = random.Random(0)
+    for _ in range(200):
+        meaning = parse(sample_prompt(rng, skill))
+        assert len(meaning) == (2 if skill in ("two_object", "position", "color_attribution") else 1)
+        assert all((found.colour is not None) == (skill in ("colors", "color_attribution")) for found in meaning)
+        assert (meaning[0].count > 1) == (skill == "counting")
+        assert (meaning[-1].position is not None) == (skill == "position")

@@ -1,7 +1,14 @@
-"""What the siblings of a prompt are painted from."""
+"""What the siblings of a prompt are painted from, and how."""
 
-from pipeline.prompts import PromptRow
-from pipeline.stages.sample import paintings
+from collections import Counter
+
+import numpy as np
+
+from judges.geneval import decompose
+from models import load_generator, sample
+from pipeline.prompts import GenEvalPrompts, PromptRow
+from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.stages.sample import SampleConfig, paintings
 
 PROMPTS = [PromptRow(text, "") for text in ("a red ring", "a red ring and a cross", "four squares", "a blue ring")]
 
@@ -23,3 +30,27 @@ def test_the_most_similar_prompts_are_chosen():
 def test_paintings_belong_to_the_prompt_and_the_seed():
     assert paintings(PROMPTS, 4, 3, 0) == paintings(PROMPTS, 4, 3, 0)
     assert paintings(PROMPTS, 4, 3, 0) != paintings(PROMPTS, 4, 3, 1)
+
+
+def test_a_stage_paints_by_the_sampler_of_its_settings(generator_folder):
+    generator, prompts, keys = load_generator(generator_folder), ["a red ring", "a blue cross"], [1, 2]
+    for settings in (SampleConfig(steps=4, sampler="heun"), EvaluateConfig(steps=4, sampler="ddim", eta=1.0)):
+        found = list(settings.paint(generator, prompts, keys))
+        expected = sample(generator, prompts, keys, 4, sampler=settings.sampler, eta=settings.eta)
+        for image, other in zip(found, expected, strict=True):
+            assert np.array_equal(image, other)
+        plain = list(SampleConfig(steps=4).paint(generator, prompts, keys))
+        assert not np.array_equal(found[0], plain[0])
+    assert SampleConfig(steps=4, sampler="heun").calls == 7
+    assert SampleConfig(steps=4, sampler="dpm2m").calls == 4
+
+
+def test_prompts_of_genevals_grammar_are_even_over_skills_and_some_are_held_out():
+    source = GenEvalPrompts(type="geneval")
+    learned, held = source.draw(1, 120), source.held_out(2, 120)
+    assert learned == source.draw(1, 120)
+    assert len({prompt.id for prompt in learned}) == 120
+    assert not {prompt.id for prompt in learned} & {prompt.id for prompt in held}
+    for prompts in (learned, held):
+        assert min(Counter(prompt.skill for prompt in prompts).values()) >= 12
+        assert all(decompose(prompt.text) for prompt in prompts)

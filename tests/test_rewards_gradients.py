@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPImageProcessorPil
 
 from models.codec import to_images, to_pixels
-from models.generator import load_generator
+from models.loading import load_generator
 from models.text import word_tokenizer
 from rewards.backbones import LatentReward, QFormerReward
 from rewards.backbones.processor import RewardProcessor

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 
-import models
 from judges.base import Judge
 from models.keys import sample_key
 from pipeline.assessing.material import gold_of
@@ -49,14 +48,14 @@ def of_choosing(
     """The best of n, on `images` new pictures of each of `prompts` held-out prompts by the untuned generator."""
     drawn_prompts = config.prompts.held_out(draw_key(config.seed, "evaluate-reward"), _REPEATED * prompts)
     rows = list({row.id: row for row in drawn_prompts}.values())[:prompts]
-    generator, drawn = models.load_generator(config.generator.checkpoint, device=device), config.evaluate
+    generator, drawn = config.generator.build(device), config.evaluate
     wanted = [(row, k) for row in rows for k in range(images)]
     keys = [sample_key(config.seed, "evaluate-reward", row.id, k) for row, k in wanted]
     proxy, truth = [], []
     for start in range(0, len(wanted), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         texts = [row.text for row, _ in wanted[part]]
-        painted = list(models.sample(generator, texts, keys[part], drawn.steps, drawn.shift, drawn.batch))
+        painted = list(drawn.paint(generator, texts, keys[part]))
         read = fitting(reward, texts)
         proxy += reward(painted, [read[text] for text in texts]).values.tolist()
         truth += _truth(config, painted, texts, judge)

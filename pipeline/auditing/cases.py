@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-import models
 from judges.base import Answer
 from judges.images import open_image
 from judges.shapes import flaws
@@ -155,10 +154,9 @@ def shapes_clips(config: Any, count: int, frames: int) -> tuple[ClipCase, ...]:
 
 
 def _painted(config: Any, prompts: Sequence[PromptRow], device: str) -> list[np.ndarray]:
-    generator = models.load_generator(config.generator.checkpoint, device=device)
+    generator = config.generator.build(device)
     keys = [sample_key(config.seed, "audit", prompt.id, place) for place, prompt in enumerate(prompts)]
-    drawn = config.evaluate
-    return list(models.sample(generator, [p.text for p in prompts], keys, drawn.steps, drawn.shift, drawn.batch))
+    return list(config.evaluate.paint(generator, [p.text for p in prompts], keys))
 
 
 def png(image: np.ndarray) -> bytes:

@@ -16,17 +16,15 @@ from PIL import Image
 from pydantic import Field
 from scipy.special import expit
 
-import models
 import rewards
 from judges.shapes.oracle import gold
 from models.keys import sample_key
 from pipeline.pictures import pictures_of, source_of
 from pipeline.prompts import draw_key
 from pipeline.runner import Context, Stage, Work
-from pipeline.settings import Section
 from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import trained_loss
-from pipeline.stages.sample import CALL_SECONDS, columns, shards
+from pipeline.stages.sample import Painting, call_seconds, columns, fits, shards
 from pipeline.store import read_rows, write_rows
 from rewards.losses import joined
 
@@ -77,14 +75,10 @@ CURVES = datasets.Features(
 )
 
 
-class EvaluateConfig(Section):
-    """On how much to measure: pictures of each of the two generators, `steps` network calls each."""
+class EvaluateConfig(Painting):
+    """On how much to measure: pictures of each of the two generators."""
 
     images: int = Field(768, ge=2)
-    steps: int = Field(8, ge=1)
-    shift: float = Field(1.0, gt=0)
-    batch: int = Field(128, ge=1)
-    shard: int = Field(256, ge=1)
 
 
 def _depends(config: Any) -> dict[str, Any]:
@@ -98,7 +92,8 @@ def _depends(config: Any) -> dict[str, Any]:
 def _work(config: Any) -> Work:
     images = 2 * config.evaluate.images
     rollouts = config.finetune.iterations * config.finetune.kept_images
-    return Work(images, images * (config.evaluate.steps * CALL_SECONDS + 2 * JUDGE_SECONDS) + rollouts * GOLD_SECONDS)
+    each = config.evaluate.calls * call_seconds(config) + 2 * JUDGE_SECONDS
+    return Work(images, images * each + rollouts * GOLD_SECONDS, config.generator.dtype)
 
 
 def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str], painted: bool = True) -> list[bool | None]:
@@ -108,29 +103,39 @@ def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str], pai
 
 
 def _run(context: Context) -> None:
+    _paint(context)
+    context.accelerator.wait_for_everyone()
+    if context.accelerator.is_main_process:
+        _measure(context)
+
+
+def _paint(context: Context) -> None:
+    """Pictures of both models, and what judge, reward and oracle say of them."""
     config = context.config
     device = str(context.accelerator.device)
-    judge = config.judge.build(device)
-    reward = rewards.load_reward(context.inputs["reward"].folder / "model", device)
+    # Where parts wait in main memory while they are not used, so does the generator whose turn it is not.
+    waiting = "cpu" if config.generator.offload and not config.generator.ours else device
     generators = {
-        "base": models.load_generator(config.generator.checkpoint, device=device),
-        "tuned": models.load_generator(
-            config.generator.checkpoint, context.inputs["finetune"].folder / config.finetune.kept_folder, device
-        ),
+        "base": config.generator.build(waiting),
+        "tuned": config.generator.build(waiting, context.inputs["finetune"].folder / config.finetune.kept_folder),
     }
     settings: EvaluateConfig = config.evaluate
     prompts = config.prompts.held_out(draw_key(config.seed, "evaluate"), settings.images)
+    if waiting != device:  # text encoders are used before judge and reward take their room
+        for generator in generators.values():
+            generator.to(device)
+            for start in range(0, len(prompts), settings.batch):
+                generator.encode([prompt.text for prompt in prompts[start : start + settings.batch]])
+            generator.to(waiting)
+    judge, reward = config.judge.build(device), _reward(context)
     with context.progress.track(len(MODELS) * len(prompts), "images", "evaluate") as advance:
         for name, part in shards(context, range(len(prompts)), max(1, settings.shard // len(MODELS))):
             keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in part]
             texts = [prompts[k].text for k in part]
-            images = [
-                image
-                for model in MODELS
-                for image in models.sample(
-                    generators[model], texts, keys, settings.steps, settings.shift, settings.batch
-                )
-            ]
+            images = []
+            for model in MODELS:
+                images += settings.paint(generators[model].to(device), texts, keys)
+                generators[model].to(waiting)
             # Both models' images in one call: a judge that compares compares them with one another.
             shown = [(model, k) for model in MODELS for k in part]
             texts = texts * len(MODELS)
@@ -149,14 +154,15 @@ def _run(context: Context) -> None:
                 rows.append({**named, "image": Image.fromarray(image), **seen})
             write_rows(context.artifact, name, rows, FEATURES)
             advance(len(rows))
-    context.accelerator.wait_for_everyone()
-    if context.accelerator.is_main_process:
-        _measure(context, reward)
 
 
-def _measure(context: Context, reward: "rewards.ModelReward") -> None:
+def _reward(context: Context) -> "rewards.ModelReward":
+    return rewards.load_reward(context.inputs["reward"].folder / "model", context.accelerator.device)
+
+
+def _measure(context: Context) -> None:
     """Everything that is computed from all pictures at once."""
-    artifact = context.artifact
+    artifact, reward = context.artifact, _reward(context)
     _measure_rollouts(context)
     untrained = context.config.reward.untrained(context.config.seed)
     initial = rewards.ModelReward(untrained.to(context.accelerator.device))
@@ -301,4 +307,4 @@ def judge_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"accuracy": {"gold": accuracy, "interval": interval}, "images": len(known)}
 
 
-EVALUATE = Stage("evaluate", ("sample", "prefer", "reward", "finetune"), _depends, _work, _run)
+EVALUATE = Stage("evaluate", ("sample", "prefer", "reward", "finetune"), _depends, _work, _run, check=fits("evaluate"))

@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 import models
 import rewards
 from judges.base import Judge
-from models.paths import schedule
 from pipeline.mixing import MixtureConfig, ModelTerm, RewardChoice, mixture_config
 from pipeline.pictures import pictures_of
 from pipeline.prompts import PromptRow, PromptSource, draw_key
@@ -33,7 +32,7 @@ from pipeline.runner import Context, Interrupted, Stage, Work
 from pipeline.settings import UserError
 from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import NO_INFLUENCE
-from pipeline.stages.sample import CALL_SECONDS, columns
+from pipeline.stages.sample import call_seconds, columns, fits
 from pipeline.store import read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -194,16 +193,22 @@ def _refreshed(config: Any) -> dict[str, Any]:
 def _work(config: Any) -> Work:
     settings: FinetuneConfig = config.finetune
     images = settings.iterations * settings.groups * settings.trained.group_size
-    work = Work(images, images * settings.steps * CALL_SECONDS * 0.6)
+    call = call_seconds(config)
+    seconds = images * settings.steps * call * 0.6
+    if not config.generator.ours:
+        told = settings.algorithm.model_dump()
+        learned = told.get("draws") or told.get("window") or settings.steps
+        seconds = images * (settings.steps * call + learned * call_seconds(config, learning=True))
     if refresh := settings.refresh:
         fresh = (settings.iterations - 1) // refresh.every * refresh.prompts * refresh.images
-        seconds = fresh * (config.sample.steps * CALL_SECONDS + JUDGE_SECONDS)
-        work = Work(work.images + fresh, work.seconds + seconds)
+        images += fresh
+        seconds += fresh * (config.sample.calls * call + JUDGE_SECONDS)
     if watch := settings.watch:
         looked = (1 + -(-settings.iterations // watch.every)) * watch.prompts * (watch.images + 1)
-        seconds = looked * (settings.steps * CALL_SECONDS + watch.judge * JUDGE_SECONDS)
-        work = Work(work.images + looked, work.seconds + seconds)
-    return work
+        images += looked
+        seconds += looked * (settings.steps * call + watch.judge * JUDGE_SECONDS)
+    dtype = config.generator.dtype if settings.dtype == "float32" else settings.dtype
+    return Work(images, seconds, dtype)
 
 
 def _run(context: Context) -> None:
@@ -213,7 +218,7 @@ def _run(context: Context) -> None:
     if settings.seed is not None:
         context = replace(context, config=context.config.model_copy(update={"seed": settings.seed}))
     config, artifact = context.config, context.artifact
-    generator = models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device))
+    generator = config.generator.build(str(context.accelerator.device))
     reward = settings.mixture.build(context)
     preferences = preferences_of(context, generator) if settings.algorithm.offline else None
     algorithm = algorithm_of(settings.algorithm, preferences)
@@ -279,7 +284,7 @@ def _run(context: Context) -> None:
             artifact.write_folder(settings.kept_folder, trainer.policy.save)
 
 
-def preferences_of(context: Context, generator: "models.NativeGenerator") -> Preferences:
+def preferences_of(context: Context, generator: "models.Generator") -> Preferences:
     """The pairs of the run. Raises UserError where the generator does not paint pictures of their size."""
     pictures = pictures_of(context.inputs)
     height, width = generator.pixels(torch.zeros(1, *generator.latent_shape, device=generator.device)).shape[-2:]
@@ -297,8 +302,8 @@ def preferences_of(context: Context, generator: "models.NativeGenerator") -> Pre
 def _inversion(context: Context) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
     """From latents and their prompts to the noise from which the base model paints them."""
     settings: FinetuneConfig = context.config.finetune
-    base = models.load_generator(context.config.generator.checkpoint, device=str(context.accelerator.device))
-    times = schedule(settings.steps, settings.shift)
+    base = context.config.generator.build(str(context.accelerator.device))
+    times = base.times(settings.steps, settings.shift)
 
     @torch.no_grad()
     def invert(latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -408,4 +413,4 @@ def _set_down(context: Context, pending: Sequence["Iteration"], first: int) -> N
         path.with_suffix(".tmp").rename(path)
 
 
-FINETUNE = Stage("finetune", ("sample", "prefer", "reward"), _depends, _work, _run)
+FINETUNE = Stage("finetune", ("sample", "prefer", "reward"), _depends, _work, _run, check=fits("finetune"))

@@ -1,25 +1,51 @@
 """The stage `sample`: pictures of the training prompts, several each, for a judge to compare."""
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self, TypeVar
 
 import datasets
+import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
 import models
 from models.keys import sample_key
+from models.samplers import calls
 from pipeline.prompts import PromptRow, draw_key
-from pipeline.runner import Context, Stage, Work
+from pipeline.runner import REFERENCE_SPEED, Context, Stage, Work, process_state
 from pipeline.settings import Section
-from pipeline.store import hash_path, write_rows
+from pipeline.store import write_rows
 
 T = TypeVar("T")
 
 CALL_SECONDS = 1.5e-3
 """One network call for one picture of the embedded generator, its share of decoding included, on the reference
 machine."""
+
+
+def call_seconds(config: Any, learning: bool = False) -> float:
+    """One network call for one picture, or one with its backward pass, on the reference machine; of the embedded
+    generator's where nothing else is known."""
+    if config.generator.ours:
+        return CALL_SECONDS
+    from pipeline import forecast  # diffusers takes seconds to import
+
+    return forecast.call_seconds(config, REFERENCE_SPEED, learning) or CALL_SECONDS
+
+
+def fits(stage: str) -> Callable[[Any], None]:
+    """Raises UserError, before any work, where `stage` takes more memory than this machine has."""
+
+    def check(config: Any) -> None:
+        if config.generator.ours:
+            return
+        from pipeline import forecast
+
+        forecast.check(config, stage, process_state().num_processes)
+
+    return check
+
 
 FEATURES = datasets.Features(
     {
@@ -33,25 +59,48 @@ FEATURES = datasets.Features(
 )
 
 
-class SampleConfig(Section):
-    """How many pictures to compare, and the ODE that draws them.
+class Painting(Section):
+    """How a stage paints; see `models.samplers`.
+
+    Attributes:
+        steps: network calls a picture; `heun` makes two a step, but one in the last.
+        shift: above 1 spends more of the steps near the noise.
+        sampler: `ode` (Euler, DDIM), `heun` and `dpm2m` (DPM-Solver++(2M)) have no noise of their own, the others do.
+        eta: how much of it; `ddim` is `ode` at 0 and `ddpm`, which has no choice, at 1.
+        shard: pictures a file, the unit in which an interrupted stage goes on.
+    """
+
+    steps: int = Field(8, ge=1)
+    shift: float = Field(1.0, gt=0)
+    sampler: Literal["ode", "heun", "dpm2m", "ddim", "ddpm", "sde", "dance", "cps"] = "ode"
+    eta: float = Field(0.7, ge=0, le=1)
+    batch: int = Field(128, ge=1)
+    shard: int = Field(256, ge=1)
+
+    @property
+    def calls(self) -> int:
+        """Of the network, for a picture."""
+        return calls(self.sampler, self.steps)
+
+    def paint(self, generator: "models.Generator", prompts: Sequence[str], keys: Sequence[int]) -> Iterator[np.ndarray]:
+        """Pictures, one uint8 (H, W, 3) each, in order; `keys` decide their noise."""
+        return models.sample(
+            generator, prompts, keys, self.steps, self.shift, self.batch, sampler=self.sampler, eta=self.eta
+        )
+
+
+class SampleConfig(Painting):
+    """How many pictures to compare, and how they are painted.
 
     Attributes:
         images_per_prompt: siblings of one prompt; pairs are made among them.
         foreign: so many of the siblings are painted from a similar prompt instead. They show a judge what the prompt
             did not ask for, which a reward that never saw it would be free to add.
-        steps: network calls a picture.
-        shift: above 1 spends more of the steps near the noise.
-        shard: pictures a file, the unit in which an interrupted stage goes on.
     """
 
     prompts: int = Field(384, ge=2)
     images_per_prompt: int = Field(6, ge=2)
     foreign: int = Field(0, ge=0)
-    steps: int = Field(8, ge=1)
-    shift: float = Field(1.0, gt=0)
-    batch: int = Field(128, ge=1)
-    shard: int = Field(256, ge=1)
 
     @model_validator(mode="after")
     def _some_are_their_own(self) -> Self:
@@ -78,7 +127,7 @@ def _depends(config: Any) -> dict[str, Any]:
     return {
         "version": 2,
         "seed": config.seed,
-        "generator": hash_path(config.generator.checkpoint),
+        "generator": config.generator.depends(),
         "prompts": config.prompts.depends(),
         "sample": config.sample.model_dump(mode="json"),
     }
@@ -86,7 +135,7 @@ def _depends(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     images = config.sample.prompts * config.sample.images_per_prompt
-    return Work(images, images * config.sample.steps * CALL_SECONDS)
+    return Work(images, images * config.sample.calls * call_seconds(config), config.generator.dtype)
 
 
 def _run(context: Context) -> None:
@@ -95,11 +144,11 @@ def _run(context: Context) -> None:
     prompts = config.prompts.draw(draw_key(config.seed, "sample"), settings.prompts)
     painted = paintings(prompts, settings.images_per_prompt, settings.foreign, config.seed)
     wanted = [(prompt, k, text) for prompt, texts in zip(prompts, painted, strict=True) for k, text in enumerate(texts)]
-    paint(context, models.load_generator(config.generator.checkpoint, device=str(context.accelerator.device)), wanted)
+    paint(context, config.generator.build(str(context.accelerator.device)), wanted)
 
 
 def paint(
-    context: Context, generator: "models.NativeGenerator", wanted: Sequence[tuple[PromptRow, int, str]], *key: str | int
+    context: Context, generator: "models.Generator", wanted: Sequence[tuple[PromptRow, int, str]], *key: str | int
 ) -> None:
     """Write the pictures that are not there yet: of each prompt its number among the siblings, painted from a text.
 
@@ -113,7 +162,7 @@ def paint(
         for name, part in shards(context, wanted, settings.shard):
             keys = [sample_key(config.seed, "sample", *key, prompt.id, k) for prompt, k, _ in part]
             texts = [text for _, _, text in part]
-            images = models.sample(generator, texts, keys, settings.steps, settings.shift, settings.batch)
+            images = settings.paint(generator, texts, keys)
             rows = []
             for (prompt, k, text), image in zip(part, images, strict=True):
                 rows.append({**columns(prompt), "sample": k, "painted": text, "image": Image.fromarray(image)})
@@ -144,4 +193,6 @@ def _done(context: Context, total: int, shard: int) -> int:
     return min(total, shard * len(context.artifact.names("shard-*.parquet")))
 
 
-SAMPLE = Stage("sample", (), _depends, _work, _run, wanted=lambda config: config.prefer.table is None)
+SAMPLE = Stage(
+    "sample", (), _depends, _work, _run, wanted=lambda config: config.prefer.table is None, check=fits("sample")
+)
