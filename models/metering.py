@@ -103,6 +103,8 @@ class _Attention(torch.autograd.Function):
 
 def painted(network: nn.Module, asked: Mapping[str, Any], call: Callable[..., Any] | None = None) -> Cost:
     """Of a call of `network`, or another `call` of it, on the meta device, without a gradient."""
+    with torch.no_grad():
+        (call or network)(**asked)  # some networks keep tables of positions from their first call on
     metered = Metered(_held(network, asked))
     with torch.no_grad(), metered, _fused(metered):
         (call or network)(**asked)

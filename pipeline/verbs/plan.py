@@ -7,6 +7,7 @@ from rich.console import Console
 
 from models.geometry import Unknown
 from pipeline import forecast
+from pipeline.progress import quiet_libraries
 from pipeline.runner import print_plan, process_state, states
 from pipeline.settings import UserError
 from pipeline.stages import STAGES
@@ -21,6 +22,7 @@ def plan(config: Any, run_dir: Path, memory: float | None = None, rate: float | 
     Raises:
         UserError: a stage takes more memory than there is.
     """
+    quiet_libraries()
     console, processes = Console(), process_state().num_processes
     print_plan(states(config, STAGES, run_dir), console, rate and rate * 1e12)
     room = round(memory * forecast.GIB) if memory else forecast.device_memory(processes)
