@@ -426,15 +426,14 @@ def told(config: Any, need: Need, memory: int, processes: int) -> str:
 
 def print_needs(found: Sequence[Need], memory: int, console: Console) -> None:
     """Show a line for each stage: what it holds, the most of its phases, and how much of the device that is."""
-    names = list(dict.fromkeys(name for need in found for name in need.held))
-    table = Table("GiB a process", *names, "at once", "total", "of the device")
-    for column in table.columns[1:]:
+    table = Table("stage", "held, GiB a process", "at once", "total", "of device")
+    for column in table.columns[2:]:
         column.justify = "right"
     for need in found:
-        held = [_gib(need.held[name]) if name in need.held else "" for name in names]
+        held = ", ".join(f"{name} {_gib(size)}" for name, size in need.held.items())
         phase = max(need.phases, key=need.phases.__getitem__, default=None)
         most = f"{phase} {_gib(need.phases[phase])}" if phase else ""
-        table.add_row(need.stage, *held, most, _gib(need.total), f"{100 * need.total / memory:.0f} %")
+        table.add_row(need.stage, held, most, _gib(need.total), f"{100 * need.total / memory:.0f} %")
     console.print(table)
     for note in dict.fromkeys(note for need in found for note in need.notes):
         console.print(f"not counted: {note}", markup=False, highlight=False, soft_wrap=True)
