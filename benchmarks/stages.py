@@ -51,10 +51,14 @@ def timed(work: str, images: int, function: Callable[[], object], repeats: int) 
     return Timing(work, images, min(seconds), counter.get_total_flops())
 
 
-def matmul_rate(size: int = 1024, repeats: int = 30) -> float:
-    """fp32 operations a second of a square product."""
-    matrix = torch.randn(size, size)
-    return max(2 * size**3 / timed("matmul", 1, lambda: matrix @ matrix, 1).seconds for _ in range(repeats))
+def matmul_rate(size: int = 1024, repeats: int = 30, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a square product, which is done when a number of it is here."""
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+
+    def multiply() -> float:
+        return float((matrix @ matrix)[0, 0])
+
+    return max(2 * size**3 / timed("matmul", 1, multiply, 1).seconds for _ in range(repeats))
 
 
 def timings(config: Config, images: int, repeats: int) -> list[Timing]:

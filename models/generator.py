@@ -122,9 +122,9 @@ class Generator(ABC):
     def pixels(self, latents: Tensor) -> Tensor:
         """What `decode` rounds to pictures: (B, 3, H, W) in [-1, 1], with a gradient."""
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Pictures: uint8 (B, H, W, 3)."""
-        return to_images(self.pixels(latents))
+    def decode(self, latents: Tensor, batch: int | None = None) -> np.ndarray:
+        """Pictures: uint8 (B, H, W, 3), `batch` at a time."""
+        return np.concatenate([to_images(self.pixels(part)) for part in latents.split(batch or len(latents))])
 
     @abstractmethod
     def latents(self, images: np.ndarray) -> Tensor:
@@ -140,11 +140,22 @@ class Generator(ABC):
         raise NotImplementedError
 
 
+def sides(resolution: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width of pictures, in pixels; raises ValueError where one is no `multiple`, a token's side."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    for pixels in (height, width):
+        if pixels < multiple or pixels % multiple:
+            below = pixels // multiple * multiple
+            near = f"{below} or {below + multiple}" if below else multiple
+            raise ValueError(f"resolution: {pixels} is no multiple of {multiple}; take {near}")
+    return height, width
+
+
 class NativeGenerator(Generator):
     """One of our networks on a codec's latents with a small text model, saved as diffusers and transformers folders.
 
     Attributes:
-        side: of the latents; the size that the transformer was trained on, see `at`.
+        size: rows and columns of the latents; those that the transformer was trained on, see `at`.
         parametrisation: what the transformer predicts, and on which path.
         guidance, negative: how far `velocity` is moved away from that of which prompt.
     """
@@ -163,7 +174,7 @@ class NativeGenerator(Generator):
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.parametrisation, self.guidance, self.negative = parametrisation, guidance, negative
         self.vp = parametrisation.path != "flow"
-        self.side: int = transformer.config.size
+        self.size: tuple[int, int] = (transformer.config.size,) * 2
 
     @classmethod
     def from_pretrained(
@@ -197,22 +208,20 @@ class NativeGenerator(Generator):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return self.transformer.config.channels, self.side, self.side
+        return self.transformer.config.channels, *self.size
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         return self.transformer.lora_targets
 
-    def at(self, side: int) -> "NativeGenerator":
-        """The same generator, its parts shared, for pictures of `side` x `side` pixels.
+    def at(self, resolution: int | tuple[int, int]) -> "NativeGenerator":
+        """The same generator, its parts shared, for pictures of so many pixels, or (height, width).
 
         Raises ValueError where they cannot be cut into the codec's and the transformer's patches.
         """
-        cell = PATCH * self.transformer.config.patch
-        if side < cell or side % cell:
-            raise ValueError(f"side: {side} pixels are no multiple of {cell}, the pixels of a patch")
+        height, width = sides(resolution, PATCH * self.transformer.config.patch)
         other = copy.copy(self)
-        other.side = side // PATCH
+        other.size = height // PATCH, width // PATCH
         return other
 
     @property

@@ -76,6 +76,13 @@ class Shape:
         """Of the MLP."""
         return int(self.mlp_ratio * self.width * (2 / 3 if self.mlp == "swiglu" else 1))
 
+    def mlp_in(self) -> nn.Linear:
+        """The MLP's first layer; what follows it is `activated`."""
+        return nn.Linear(self.width, self.hidden * (2 if self.mlp == "swiglu" else 1))
+
+    def activated(self, x: Tensor) -> Tensor:
+        return _ACTIVATIONS[self.mlp](x)
+
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     return x if shift is None or scale is None else x * (1 + scale) + shift
@@ -133,12 +140,13 @@ class Stream(nn.Module):
     Args:
         changes: to how much the condition is taken in `modulation`: 6 shifts, scales and gates of attention and MLP
             (adaLN-Zero), 4 without gates (adaLN), or 0, where the normalisations have weights of their own instead.
-        heard: whether the tokens are only heard by others, and not changed; they are then shifted and scaled alone.
+        heard: whether the tokens are only heard, and what comes of that is not this stream's; there is no MLP then, and
+            of the changes a shift and a scale, or with a gate 3.
     """
 
     def __init__(self, shape: Shape, changes: int = 6, heard: bool = False):
         super().__init__()
-        self.shape, self.changes = shape, 2 if heard else changes
+        self.shape, self.changes = shape, changes
         width, plain = shape.width, changes == 0
         if not plain:
             self.modulation = nn.Linear(width, self.changes * width)
@@ -149,7 +157,7 @@ class Stream(nn.Module):
             return
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=plain, eps=1e-6)
-        self.mlp_in = nn.Linear(width, shape.hidden * (2 if shape.mlp == "swiglu" else 1))
+        self.mlp_in = shape.mlp_in()
         self.mlp_out = nn.Linear(shape.hidden, width)
 
     def modulated(self, c: Tensor) -> tuple[Tensor | None, ...]:
@@ -163,17 +171,22 @@ class Stream(nn.Module):
 
     def attention_in(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, D), keys and values (B, G, N, D)."""
-        heads = [self.shape.heads, self.shape.key_heads, self.shape.key_heads]
-        found = self.qkv(modulate(self.norm_attention(x), shift, scale))  # (B, N, (H + 2 G) D)
-        q, k, v = found.unflatten(-1, (sum(heads), -1)).transpose(1, 2).split(heads, 1)
+        return self.heads(modulate(self.norm_attention(x), shift, scale))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of tokens that are normalised already."""
+        keys = self.shape.key_heads * self.shape.head_dim
+        parts = self.qkv(x).split([self.shape.width, keys, keys], -1)  # before the transposition, for the backward pass
+        q, k, v = (part.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for part in parts)
         return self.norm_q(q), self.norm_k(k), v
 
     def attention_out(self, x: Tensor, heard: Tensor, gate: Tensor | None) -> Tensor:
-        return gated(x, self.out(heard), gate)
+        # Of a part of a joint sequence the product would be made first, and the bias added in a pass of its own.
+        return gated(x, self.out(heard.contiguous()), gate)
 
     def mlp(self, x: Tensor, shift: Tensor | None, scale: Tensor | None, gate: Tensor | None) -> Tensor:
         hidden = self.mlp_in(modulate(self.norm_mlp(x), shift, scale))
-        return gated(x, self.mlp_out(_ACTIVATIONS[self.shape.mlp](hidden)), gate)
+        return gated(x, self.mlp_out(self.shape.activated(hidden)), gate)
 
     def attention(self, x: Tensor, mods: tuple[Tensor | None, ...], encoding: Encoding) -> Tensor:
         """Among the tokens of this stream alone."""
@@ -194,9 +207,8 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(shape.width, shape.width)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        q = self.query(self.norm(x)).unflatten(-1, (self.shape.heads, -1)).transpose(1, 2)
-        found = self.key_value(y).unflatten(-1, (2 * self.shape.key_heads, -1)).transpose(1, 2)
-        k, v = found.chunk(2, 1)
+        parts = self.query(self.norm(x)), *self.key_value(y).chunk(2, -1)
+        q, k, v = (part.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for part in parts)
         heard = attend(self.shape.attention, self.norm_q(q), self.norm_k(k), v, lambda tokens: tokens)
         return x + self.out(heard)
 

@@ -26,7 +26,7 @@ from models.lora import merge
 _INDEX = "model_index.json"
 _WHOLE = "config.json"
 _OWN = Options()
-_OF_ALL = ("guidance", "negative")
+_OF_ALL = ("resolution", "guidance", "negative")
 
 
 def load_generator(
@@ -35,7 +35,7 @@ def load_generator(
     """A generator ready to sample from, with the LoRA in the folder `lora` merged into its weights if given.
 
     Where `lora` holds a whole network, it takes the place of the generator's. `options` are those of a diffusers
-    pipeline; a generator of ours takes the guidance alone.
+    pipeline; a generator of ours takes the resolution and the guidance alone.
 
     Raises:
         ValueError: the family is not known, or an option or the adapter does not suit it; the message begins with the
@@ -56,7 +56,8 @@ def _loaded(checkpoint: str, device: str, options: Options) -> Generator:
         for field in fields(options):
             if field.name not in _OF_ALL and getattr(options, field.name) != field.default:
                 raise ValueError(f"{field.name}: {checkpoint} is no pipeline of diffusers; leave it out")
-        return NativeGenerator.from_pretrained(checkpoint, options.guidance or NO_GUIDANCE, options.negative)
+        own = NativeGenerator.from_pretrained(checkpoint, options.guidance or NO_GUIDANCE, options.negative)
+        return own if options.resolution is None else own.at(options.resolution)
     if (name := index["_class_name"]) not in adapters.FAMILIES:
         raise ValueError(f"checkpoint: {checkpoint} is a {name}; supported are {', '.join(adapters.FAMILIES)}")
     family = getattr(adapters, adapters.FAMILIES[name])

@@ -1,10 +1,10 @@
 """MM-DiT: text and image tokens in joint attention (SD3, 2403.03206, section 4), in two streams, in one, or in both.
 
 In a block of two streams text and image have weights of their own (SD3, Qwen-Image), in one of a single stream they
-share them (Z-Image, 2511.22699), and a network may have first the one and then the other kind (FLUX, whose single
-blocks compute attention and MLP side by side, which is left out). With deep fusion (2505.10046) there are image tokens
-alone; in each block they also attend to the keys and values of a frozen language model's layer of the same number. The
-paper finds that such a network can do without being told the time; ours is told.
+share them (Z-Image, 2511.22699), and a network may have first the one and then the other kind (FLUX). In a block of a
+single stream the MLP comes after the attention, or beside it (FLUX; ViT-22B, 2302.05442, section 2). With deep fusion
+(2505.10046) there are image tokens alone; in each block they also attend to the keys and values of a frozen language
+model's layer of the same number. The paper finds that such a network can do without being told the time; ours is told.
 
 adaLN-Zero (DiT, 2212.09748, section 3.2) on the time plus the pooled text, RMS-normalised queries and keys, an axial 2D
 RoPE, a squared ReLU: these are the defaults, see `models.layers` and `models.positions` for others. Padded text tokens
@@ -19,7 +19,19 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from models.layers import Backbone, Shape, Stream, attend, cells_of, patched, placed, time_features, zeroed
+from models.layers import (
+    Backbone,
+    Shape,
+    Stream,
+    attend,
+    cells_of,
+    gated,
+    modulate,
+    patched,
+    placed,
+    time_features,
+    zeroed,
+)
 from models.positions import Encoding
 
 
@@ -30,7 +42,7 @@ class Block(nn.Module):
         super().__init__()
         self.last = last
         self.image = Stream(shape)
-        self.text = Stream(shape, heard=last)
+        self.text = Stream(shape, changes=2 if last else 6, heard=last)
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
         """Image tokens `x` (B, N, W) and text tokens `y` (B, L, W) under `c` (B, W)."""
@@ -58,6 +70,23 @@ class SingleBlock(nn.Module):
         return self.both.mlp(self.both.attention(z, mods, encoding), *mods[3:])
 
 
+class ParallelBlock(nn.Module):
+    """A block of one stream whose attention and MLP read the same normalised tokens, and share the layer out (FLUX)."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.both = Stream(shape, changes=3, heard=True)
+        self.mlp_in = shape.mlp_in()
+        self.out = nn.Linear(shape.width + shape.hidden, shape.width)
+
+    def forward(self, z: Tensor, c: Tensor, encoding: Encoding) -> Tensor:
+        """As `SingleBlock`."""
+        shape, (shift, scale, gate) = self.both.shape, self.both.modulated(c)
+        normal = modulate(self.both.norm_attention(z), shift, scale)
+        heard = attend(shape.attention, *self.both.heads(normal), encoding.turn)
+        return gated(z, self.out(torch.cat([heard, shape.activated(self.mlp_in(normal))], -1)), gate)
+
+
 class FusedBlock(nn.Module):
     """Image tokens attend to themselves and to a language model's layer."""
 
@@ -83,7 +112,7 @@ class MMDiT(Backbone):
 
     Args:
         size: of the latents that are trained on; others may be asked for.
-        depth: blocks, of which the last `single` have one stream.
+        depth: blocks, of which the last `single` have one stream; with `parallel`, as FLUX's have.
         fused: deep fusion; the text is then the keys and values of a language model of `depth` layers, with as many
             heads of keys of the same dimension, as `models.text.memory` puts them into a row.
         kv_heads: of keys and values; as many as of queries where it is None.
@@ -109,6 +138,7 @@ class MMDiT(Backbone):
         text_width: int = 96,
         mlp_ratio: float = 4.0,
         single: int = 0,
+        parallel: bool = False,
         fused: bool = False,
         kv_heads: int | None = None,
         attention: str = "softmax",
@@ -125,6 +155,8 @@ class MMDiT(Backbone):
             raise ValueError(f"depth: {depth} is below 1")
         if not 0 <= single <= depth:
             raise ValueError(f"single: {single} of {depth} blocks")
+        if parallel and not single:
+            raise ValueError("parallel: it is of blocks of a single stream, and there is none; set single above 0")
         if fused and single:
             raise ValueError("single: with deep fusion there is no text stream to share weights with; set it to 0")
         if fused and text_width != (row := 2 * depth * shape.key_heads * shape.head_dim):
@@ -143,7 +175,8 @@ class MMDiT(Backbone):
         if fused:
             blocks = [FusedBlock(shape) for _ in range(depth)]
         else:
-            blocks = [Block(shape, i == depth - 1) for i in range(double)] + [SingleBlock(shape) for _ in range(single)]
+            one = ParallelBlock if parallel else SingleBlock
+            blocks = [Block(shape, i == depth - 1) for i in range(double)] + [one(shape) for _ in range(single)]
         self.blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(width, 2 * width)

@@ -35,7 +35,8 @@ def gflops(network: Backbone, text: int) -> float:
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         latents = torch.empty(1, config.channels, config.size, config.size)
         told = torch.zeros(1, dtype=torch.long) if config.get("classes") else torch.empty(1, text, config.text_width)
-        type(network).from_config(config)(latents, torch.empty(1), told)
+        empty = network if network.device.type == "meta" else type(network).from_config(config)
+        empty(latents, torch.empty(1), told)
     return counter.get_total_flops() / 2e9
 
 

@@ -195,7 +195,7 @@ class Painter:
         return self._settings.offload and not self._looks.native
 
     def decoding(self, pictures: int) -> int:
-        """Bytes besides the codec's own: pictures are decoded one by one, and kept as numbers until the last."""
+        """Bytes besides the codec's own: pictures are decoded one by one, and so many kept as numbers."""
         height, width = self.size
         dtype = getattr(torch, self._settings.codec_dtype)
         one = _decoding(self._looks.codec, height, width, dtype).bytes
@@ -281,7 +281,7 @@ def _finetune(config: Any, painter: Painter, kept: _Kept, processes: int) -> Nee
         held["base"] = painter.weights
     phases = {
         "painting": painter.painting(rows).bytes,
-        "decoding": painter.decoding(-(-pictures // settings.overlap)),
+        "decoding": painter.decoding(rows),
         "learning": painter.learning(rows).bytes,
     }
     return _need("finetune", painter, held, phases)
@@ -385,8 +385,6 @@ def _smaller(config: Any, stage: str) -> Iterator[tuple[str, str, Any]]:
         yield "finetune.gradient_checkpointing", "true", to("finetune", gradient_checkpointing=True)
         if section.updates == 1 and not section.compile:
             yield "finetune.twin", "false", to("finetune", twin=False)
-    if stage == "finetune" and section.groups > section.overlap:
-        yield "finetune.overlap", str(section.groups), to("finetune", overlap=section.groups)
     batch = section.batch // 2
     while batch:
         yield f"{stage}.batch", str(batch), to(stage, batch=batch)

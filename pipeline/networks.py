@@ -36,11 +36,13 @@ class MMDiTNetwork(_Network):
     Attributes:
         single: how many of the blocks, the last ones, have one stream for both; all of them are as Z-Image's, some as
             FLUX's, none as SD3's.
+        parallel: whether those compute attention and MLP side by side, as FLUX's do.
         fused: deep fusion, with a frozen language model in place of the text encoder.
     """
 
     type: Literal["mmdit"] = "mmdit"
     single: int = Field(0, ge=0)
+    parallel: bool = False
     fused: bool = False
 
     @property

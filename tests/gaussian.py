@@ -31,7 +31,7 @@ class Gaussian:
         away = (x_t - (1 - t) * mean) / ((1 - t) ** 2 * SPREAD**2 + t**2)
         return t * away - (mean + (1 - t) * SPREAD**2 * away)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, batch: int | None = None) -> Tensor:
         return latents
 
     def painted(self, mean: Tensor, plan: Plan, seed: tuple) -> Rollout:

@@ -189,12 +189,7 @@ PROMPTS = [PromptRow("a red circle above a blue square", "position"), PromptRow(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Untrained pipelines."""
-    found = {name: tmp_path_factory.mktemp(name) for name in ("sd15", "dit")}
-    with torch.random.fork_rng():
-        for name, folder in found.items():
-            torch.manual_seed(0)
-            FAMILIES[name].build().save_pretrained(folder)
-    return found
+    return {name: FAMILIES[name].saved(tmp_path_factory) for name in ("sd15", "dit")}
 
 
 def trainer_of(folder: Path, name: str, algorithm: AlgorithmConfig) -> Trainer:

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from models import lora
+from models.adapters.options import Options
 from models.dit import DiT, size_of
 from models.generator import NativeGenerator, sample
 from models.layers import CrossAttention, Shape, Stream, attend, patched, unpatched
 from models.loading import load_generator
-from models.mmdit import Block, FusedBlock, MMDiT, SingleBlock
+from models.mmdit import Block, FusedBlock, MMDiT, ParallelBlock, SingleBlock
 from models.networks import gflops, load_network
 from models.positions import Encoding, Place, positions_of
 from models.pretrain import new_generator
 from models.text import language_model, memory, reading_loss
+from tests.twins import AS_SD3, dit_twin, mmdit_twin, parallel_twin
 
 SHAPES = Path("models/checkpoints/shapes")
 SMALL = {"width": 32, "depth": 2, "heads": 2, "text_width": 12}
@@ -33,6 +33,7 @@ NETWORKS = {
     "double": (MMDiT, {}),
     "single": (MMDiT, {"single": 2}),
     "hybrid": (MMDiT, {"single": 1, "positions": "msrope"}),
+    "parallel": (MMDiT, {"single": 1, "parallel": True, "mlp": "swiglu"}),
     "shared keys": (MMDiT, {"kv_heads": 1, "mlp": "swiglu", "positions": "mixed"}),
     "linear": (MMDiT, {"attention": "linear", "positions": "string", "kv_heads": 1}),
     "adaln-zero": (DiT, {"conditioning": "adaln-zero", "positions": "learned"}),
@@ -66,58 +67,10 @@ def inputs(found, rows=2, side=8, seed=3):
     return latents, torch.rand(rows, generator=random), text
 
 
-def linear(theirs, weight, bias):
-    theirs.weight.data.copy_(weight)
-    theirs.bias.data.copy_(bias)
-
-
-def copied(theirs, ours):
-    linear(theirs, ours.weight, ours.bias)
-
-
-def copied_attention(stream, q, k, v, out=None):
-    for theirs, weight, bias in zip((q, k, v), stream.qkv.weight.chunk(3), stream.qkv.bias.chunk(3), strict=True):
-        linear(theirs, weight, bias)
-    if out is not None:
-        copied(out, stream.out)
-
-
-def copied_time(theirs, ours):
-    """diffusers' pipelines put the cosines first."""
-    linear(theirs.linear_1, torch.cat(ours.linear_1.weight.chunk(2, 1)[::-1], 1), ours.linear_1.bias)
-    copied(theirs.linear_2, ours.linear_2)
-
-
-def copied_ends(ours, conv, out, patch, channels):
-    conv.weight.data.copy_(ours.patch_in.weight.view_as(conv.weight))
-    conv.bias.data.copy_(ours.patch_in.bias)
-    rows = ours.patch_out.weight.view(channels, patch, patch, -1).permute(1, 2, 0, 3).flatten(0, 2)
-    linear(out, rows, ours.patch_out.bias.view(channels, patch, patch).permute(1, 2, 0).flatten())
-
-
 def test_a_dit_with_its_weights_is_that_of_diffusers():
-    theirs = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-        norm_eps=1e-6,
-    ).eval()
     sizes = {"channels": 4, "size": 8, "patch": 2, "width": 16, "depth": 2, "heads": 2}
     ours = shaken(DiT(**sizes, classes=5, time_endpoint=True))
-    copied_ends(ours, theirs.pos_embed.proj, theirs.proj_out_2, 2, 4)
-    copied(theirs.proj_out_1, ours.modulation_out)
-    for block, own in zip(theirs.transformer_blocks, (block.image for block in ours.blocks), strict=True):
-        copied_time(block.norm1.emb.timestep_embedder, ours.time_in)
-        block.norm1.emb.class_embedder.embedding_table.weight.data.copy_(ours.label_in.weight)
-        copied(block.norm1.linear, own.modulation)
-        attention = block.attn1
-        copied_attention(own, attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-        copied(block.ff.net[0].proj, own.mlp_in)
-        copied(block.ff.net[2], own.mlp_out)
+    theirs = dit_twin(ours)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     steps, labels = torch.tensor([0, 501, 999]), torch.tensor([0, 4, 5])
     with torch.no_grad():
@@ -126,76 +79,29 @@ def test_a_dit_with_its_weights_is_that_of_diffusers():
         assert (expected - theirs(latents, steps, labels.flip(0)).sample).abs().max() > 1e-2
 
 
-class Given(nn.Module):
-    """In place of a layer: what it should have said."""
-
-    def __init__(self, said):
-        super().__init__()
-        self.said = said
-
-    def forward(self, x):
-        return self.said
-
-
-@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+@pytest.mark.parametrize("qk_norm", [False, True])
 def test_an_mmdit_with_its_weights_is_that_of_diffusers(qk_norm):
-    """Theirs takes the pooled text from elsewhere, so ours is told what theirs makes of it."""
-    theirs = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        pos_embed_max_size=4,
-        qk_norm=qk_norm,
-    )
-    shaken(theirs, seed=5)
     sizes = {"channels": 4, "size": 8, "patch": 2, "width": 16, "depth": 3, "heads": 2, "text_width": 12}
-    as_theirs = {"positions": "sincos", "mlp": "gelu", "time_width": 256, "time_endpoint": False}
-    ours = shaken(MMDiT(**sizes, **as_theirs, qk_norm=bool(qk_norm)))
-    copied_ends(ours, theirs.pos_embed.proj, theirs.proj_out, 2, 4)
-    copied_time(theirs.time_text_embed.timestep_embedder, ours.time_in)
-    copied(theirs.context_embedder, ours.text_in)
-    swapped(theirs.norm_out.linear, ours.modulation_out)
-    for block, own in zip(theirs.transformer_blocks, ours.blocks, strict=True):
-        attention = block.attn
-        copied_attention(own.image, attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-        added = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
-        copied_attention(own.text, *added, None if own.last else attention.to_add_out)
-        if qk_norm:
-            for norm, mine in (
-                (attention.norm_q, own.image.norm_q),
-                (attention.norm_k, own.image.norm_k),
-                (attention.norm_added_q, own.text.norm_q),
-                (attention.norm_added_k, own.text.norm_k),
-            ):
-                norm.weight.data.copy_(mine.weight)
-        copied(block.norm1.linear, own.image.modulation)
-        copied(block.ff.net[0].proj, own.image.mlp_in)
-        copied(block.ff.net[2], own.image.mlp_out)
-        if own.last:
-            swapped(block.norm1_context.linear, own.text.modulation)
-        else:
-            copied(block.norm1_context.linear, own.text.modulation)
-            copied(block.ff_context.net[0].proj, own.text.mlp_in)
-            copied(block.ff_context.net[2], own.text.mlp_out)
+    ours = shaken(MMDiT(**sizes, **AS_SD3, qk_norm=qk_norm))
+    theirs = mmdit_twin(ours)
     random = torch.Generator().manual_seed(1)
     latents, text = torch.randn(3, 4, 8, 8, generator=random), torch.randn(3, 6, 12, generator=random)
-    pooled, t = torch.randn(3, 10, generator=random), torch.tensor([0.0, 0.4, 1.0])
-    ours.pooled_in = Given(theirs.time_text_embed.text_embedder(pooled))
-    expected = theirs(latents, text, pooled, 1000 * t).sample
-    assert torch.allclose(ours(latents, t, text), expected, atol=1e-5)
-    assert (expected - theirs(latents, text.flip(0), pooled, 1000 * t).sample).abs().max() > 1e-3
+    t = torch.tensor([0.0, 0.4, 1.0])
+    with torch.no_grad():
+        expected = theirs(latents, text, text.mean(1), 1000 * t).sample
+        assert torch.allclose(ours(latents, t, text), expected, atol=1e-5)
+        assert (expected - theirs(latents, text.flip(0), text.mean(1), 1000 * t).sample).abs().max() > 1e-3
 
 
-def swapped(theirs, ours):
-    """Where diffusers has the scale before the shift."""
-    linear(theirs, torch.cat(ours.weight.chunk(2)[::-1]), torch.cat(ours.bias.chunk(2)[::-1]))
+def test_a_parallel_block_with_its_weights_is_that_of_flux():
+    ours = shaken(ParallelBlock(Shape(32, 2, mlp="gelu")))
+    random = torch.Generator().manual_seed(1)
+    image, text, told = (torch.randn(2, *rest, 32, generator=random) for rest in ([16], [3], []))
+    with torch.no_grad():
+        expected = torch.cat(parallel_twin(ours)(image, text, told), 1)
+        found = ours(torch.cat([text, image], 1), F.silu(told), Encoding())
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (found[:, 3:] - image).abs().max() > 1e-2
 
 
 PAPER = [
@@ -260,7 +166,7 @@ def test_checkpointed_gradients_are_the_same(name):
 def test_adaln_zero_starts_as_the_identity():
     encoding = Encoding()
     x, y, c = torch.randn(2, 4, 32), torch.randn(2, 3, 32), torch.randn(2, 32)
-    for name in ("double", "hybrid", "adaln-zero", "fused"):
+    for name in ("double", "hybrid", "parallel", "adaln-zero", "fused"):
         kind, changes = NETWORKS[name]
         new = kind(channels=8, size=8, patch=2, **{**SMALL, **changes})
         keys = torch.randn(2, 2, 3, 16)
@@ -270,7 +176,7 @@ def test_adaln_zero_starts_as_the_identity():
                     assert torch.equal(block(x, y, c, encoding)[0], x)
                 case FusedBlock():
                     assert torch.equal(block(x, keys, keys, c, encoding), x)
-                case SingleBlock():
+                case SingleBlock() | ParallelBlock():
                     assert torch.equal(block(x, c, encoding), x)
                 case _:
                     assert torch.equal(block(x, y, c, encoding), x)
@@ -390,7 +296,7 @@ def test_every_layer_of_the_language_model_is_heard():
 
 
 GENERATORS = {
-    "mmdit": ("MMDiT", {"single": 1, "positions": "mixed"}),
+    "mmdit": ("MMDiT", {"single": 1, "parallel": True, "positions": "mixed"}),
     "dit": ("DiT", {"conditioning": "cross-attention", "positions": "axial"}),
     "fused": ("MMDiT", {"fused": True, "kv_heads": 1}),
 }
@@ -425,12 +331,17 @@ def test_a_generator_of_any_network_is_loaded_by_its_name(folder):
 
 def test_a_generator_paints_larger_pictures_and_stays_as_it_is(folder):
     generator = load_generator(folder)
-    larger = generator.at(48)
-    assert next(iter(sample(larger, ["a ring"], [0], steps=1))).shape == (48, 48, 3)
+    larger, wide = generator.at(48), generator.at((32, 48))
+    painted, again = (next(iter(sample(one, ["a ring"], [0], steps=1))) for one in (larger, wide))
+    assert painted.shape == (48, 48, 3)
+    assert again.shape == (32, 48, 3)
     assert generator.latent_shape == (8, 8, 8)
     assert larger.transformer is generator.transformer
-    with pytest.raises(ValueError, match="side: 36 pixels are no multiple of 8"):
-        generator.at(36)
+    loaded = load_generator(folder, options=Options(resolution=48))
+    assert np.array_equal(next(iter(sample(loaded, ["a ring"], [0], steps=1))), painted)
+    for resolution in (36, (32, 36)):
+        with pytest.raises(ValueError, match="resolution: 36 is no multiple of 8; take 32 or 40"):
+            generator.at(resolution)
 
 
 def test_an_adapter_on_any_network_changes_nothing_at_first_and_merges(folder, tmp_path):
@@ -514,6 +425,7 @@ def test_the_shipped_network_is_the_formula_written_out():
         (MMDiT, {"width": 36, "heads": 6}, "head_dim: 6 is no multiple of 4"),
         (MMDiT, {"patch": 3}, "size: latents of 8 x 8 cannot be cut into patches of 3"),
         (MMDiT, {"single": 3}, "single: 3 of 2 blocks"),
+        (MMDiT, {"parallel": True}, "parallel: it is of blocks of a single stream"),
         (MMDiT, {"fused": True, "single": 1}, "single: with deep fusion"),
         (MMDiT, {"fused": True}, "text_width: 12, but 2 layers of 2 keys and values of 16 make 128"),
         (MMDiT, {"attention": "none"}, "attention: unknown none"),

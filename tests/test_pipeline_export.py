@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from pipeline.config import Config
 from pipeline.settings import UserError, dump, load
 from pipeline.store import Artifact, read_rows
 from pipeline.verbs import export as verb
-from tests.tiny_pipelines import FAMILIES
+from tests.tiny_pipelines import FAMILIES, Family
 
 HOME = Path(__file__).parent.parent
 
@@ -44,6 +45,7 @@ def exported(run):
     return {kind: run / "export" / kind for kind in ("diffusers", "comfyui", "merged")}
 
 
+@pytest.fixture(scope="module")
 def pictures(run):
     """What `evaluate` kept of the tuned generator: prompts, keys and pictures."""
     config = load(Config, run / "config.yaml")
@@ -61,40 +63,41 @@ from pipeline.config import Config
 from pipeline.settings import load
 from models.loading import load_generator
 config = load(Config, Path(sys.argv[1]) / "config.yaml")
-checkpoint, lora = sys.argv[2:4]
-generator = load_generator(checkpoint, lora or None)
+generator = load_generator(*sys.argv[2:4])
 prompts, keys = sys.argv[5].split("|"), [int(key) for key in sys.argv[6].split("|")]
 numpy.save(sys.argv[4], numpy.stack(list(config.evaluate.paint(generator, prompts, keys))))
 """
 
 
-def repainted(run, exported, kind, fresh=None):
-    config = load(Config, run / "config.yaml")
+@pytest.fixture(scope="module")
+def repainted(run, exported, pictures):
+    """The same prompts and keys by the base model, and by each export."""
+    config, (prompts, keys, _) = load(Config, run / "config.yaml"), pictures
     base = config.generator.checkpoint
-    checkpoint, adapter = (exported[kind], None) if kind == "merged" else (base, exported[kind])
-    prompts, keys, _ = pictures(run)
-    if fresh is None:
-        generator = load_generator(checkpoint, adapter)
-        return np.stack(list(config.evaluate.paint(generator, prompts, keys)))
-    told = [run, checkpoint, adapter or "", fresh, "|".join(prompts), "|".join(map(str, keys))]
-    subprocess.run([sys.executable, "-c", PAINT, *map(str, told)], cwd=HOME, check=True)
-    return np.load(fresh)
+    sources = {
+        "base": (base, None),
+        "diffusers": (base, exported["diffusers"]),
+        "comfyui": (base, exported["comfyui"]),
+        "merged": (exported["merged"], None),
+    }
+    generators = {kind: load_generator(*source) for kind, source in sources.items()}
+    return {kind: np.stack(list(config.evaluate.paint(each, prompts, keys))) for kind, each in generators.items()}
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui", "merged"])
-def test_an_export_paints_the_pictures_of_the_evaluation(run, exported, kind):
-    *_, images = pictures(run)
-    base = load_generator(load(Config, run / "config.yaml").generator.checkpoint)
-    prompts, keys, _ = pictures(run)
-    untuned = np.stack(list(load(Config, run / "config.yaml").evaluate.paint(base, prompts, keys)))
-    found = repainted(run, exported, kind)
-    assert np.abs(found.astype(int) - images).max() <= 1
-    assert np.abs(untuned.astype(int) - images).max() > 1
+def test_an_export_paints_the_pictures_of_the_evaluation(pictures, repainted, kind):
+    *_, images = pictures
+    assert np.abs(repainted[kind].astype(int) - images).max() <= 1
+    assert np.abs(repainted["base"].astype(int) - images).max() > 1
 
 
-def test_a_fresh_process_paints_the_same(run, exported, tmp_path):
-    found = repainted(run, exported, "comfyui", tmp_path / "painted.npy")
-    assert np.array_equal(found, repainted(run, exported, "comfyui"))
+def test_a_fresh_process_paints_the_same(run, exported, pictures, repainted, tmp_path):
+    prompts, keys, _ = pictures
+    checkpoint = load(Config, run / "config.yaml").generator.checkpoint
+    painted = tmp_path / "painted.npy"
+    told = [run, checkpoint, exported["comfyui"], painted, "|".join(prompts), "|".join(map(str, keys))]
+    subprocess.run([sys.executable, "-c", PAINT, *map(str, told)], cwd=HOME, check=True)
+    assert np.array_equal(np.load(painted), repainted["comfyui"])
 
 
 def test_the_card_has_the_figures_of_the_summary_and_no_place_on_this_machine(run, exported):
@@ -169,18 +172,27 @@ def test_a_hub_that_refuses_is_one_line(run, exported, monkeypatch):
         cli.export(run, "diffusers", push="somebody/painter")
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A run whose finetune stands, of a family of diffusers, and the velocities of its generator and of the base."""
+
+    run: Path
+    config: Config
+    family: Family
+    velocity: torch.Tensor
+    untuned: torch.Tensor
+
+
 @pytest.fixture(scope="module", params=["sd3", "sdxl", "pixart_sigma"])
 def tuned(request, tmp_path_factory, config_at):
-    """A run whose finetune stands, of a family of diffusers; and the family."""
-    family, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        family.build().save_pretrained(folder / "base")
-    asked = {"checkpoint": str(folder / "base"), "resolution": 32, "guidance": 1.0, "max_tokens": 12}
+    family = FAMILIES[request.param]
+    base = family.saved(tmp_path_factory)
+    asked = {"checkpoint": str(base), "resolution": 16, "guidance": 1.0, "max_tokens": 12}
     if request.param == "sdxl":
         del asked["max_tokens"]
     config = load(Config, config_at(f"{request.param}-export", generator=asked))
-    run, generator = folder / "run", config.generator.build("cpu")
+    run, generator = tmp_path_factory.mktemp("tuned"), config.generator.build("cpu")
+    untuned = velocity(generator)
     lora.attach(generator.transformer, generator.lora_targets, rank=4, alpha=6, seed=0)
     random = torch.Generator().manual_seed(1)
     for name, weight in generator.transformer.named_parameters():
@@ -191,7 +203,7 @@ def tuned(request, tmp_path_factory, config_at):
     artifact.write_folder("lora", lambda place: lora.save(generator.transformer, place, generator.lora_prefix))
     artifact.finish({})
     (run / "config.yaml").write_text(dump(config))
-    return run, config, family
+    return Tuned(run, config, family, velocity(config.generator.build("cpu", run / "finetune" / "lora")), untuned)
 
 
 @torch.no_grad()
@@ -202,37 +214,32 @@ def velocity(generator):
 
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui"])
 def test_diffusers_own_reader_takes_an_exported_adapter(tuned, kind):
-    run, config, family = tuned
-    expected = velocity(config.generator.build("cpu", run / "finetune" / "lora"))
-    cli.export(run, kind)
-    folder = run / "export" / kind
-    assert torch.allclose(velocity(config.generator.build("cpu", folder)), expected, atol=1e-5, rtol=1e-4)
-    base = config.generator.build("cpu")
-    assert not torch.allclose(velocity(base), expected, atol=1e-3)
+    cli.export(tuned.run, kind)
+    folder = tuned.run / "export" / kind
+    generator = tuned.config.generator.build("cpu", folder)
+    assert torch.allclose(velocity(generator), tuned.velocity, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(tuned.untuned, tuned.velocity, atol=1e-3)
     card = (folder / "README.md").read_text()
-    assert ("pipe.load_lora_weights" in card) == (family.loads_lora and kind == "diffusers")
-    if not family.loads_lora:
+    assert ("pipe.load_lora_weights" in card) == (tuned.family.loads_lora and kind == "diffusers")
+    if not tuned.family.loads_lora:
         return
-    pipe = DiffusionPipeline.from_pretrained(config.generator.checkpoint)
+    pipe = DiffusionPipeline.from_pretrained(tuned.config.generator.checkpoint)
     pipe.load_lora_weights(folder)
-    assert torch.allclose(velocity(type(base)(pipe, base.options)), expected, atol=1e-5, rtol=1e-4)
+    assert torch.allclose(velocity(type(generator)(pipe, generator.options)), tuned.velocity, atol=1e-5, rtol=1e-4)
 
 
 def test_a_merged_export_is_a_pipeline_of_its_own(tuned):
-    run, config, _ = tuned
-    expected = velocity(config.generator.build("cpu", run / "finetune" / "lora"))
-    cli.export(run, "merged")
-    folder = run / "export" / "merged"
-    moved = config.generator.model_copy(update={"checkpoint": str(folder)})
-    assert torch.allclose(velocity(moved.build("cpu")), expected, atol=1e-5, rtol=1e-4)
+    cli.export(tuned.run, "merged")
+    folder = tuned.run / "export" / "merged"
+    moved = tuned.config.generator.model_copy(update={"checkpoint": str(folder)})
+    assert torch.allclose(velocity(moved.build("cpu")), tuned.velocity, atol=1e-5, rtol=1e-4)
     assert "Nothing was measured on it" in (folder / "README.md").read_text()
 
 
 def test_comfyui_names_layers_as_it_does(tuned):
-    run, config, _ = tuned
-    cli.export(run, "comfyui")
-    names = load_file(run / "export" / "comfyui" / WEIGHTS)
-    if "sdxl" in config.name:
+    cli.export(tuned.run, "comfyui")
+    names = load_file(tuned.run / "export" / "comfyui" / WEIGHTS)
+    if "sdxl" in tuned.config.name:
         one = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
         assert {f"{one}.lora_down.weight", f"{one}.lora_up.weight", f"{one}.alpha"} <= set(names)
         assert all(float(value) == 4 for name, value in names.items() if name.endswith(".alpha"))

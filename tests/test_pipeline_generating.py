@@ -37,11 +37,7 @@ PROMPTS = [PromptRow(text, "") for text in ("a red circle", "a blue square")]
 
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd3")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        FAMILIES["sd3"].build().save_pretrained(folder)
-    return folder
+    return FAMILIES["sd3"].saved(tmp_path_factory)
 
 
 def settings(checkpoint: Path, **others) -> GeneratorConfig:
@@ -73,11 +69,18 @@ def test_guidance_is_a_number_or_a_section(sd3, config_at):
         load(Config, path, ["generator.guidance={scale: 4, low: 0.5, high: 0.2}"]).generator.build("cpu")
 
 
+def test_a_generator_of_ours_paints_at_the_resolution_that_is_set(generator_folder):
+    for resolution, cells in ((None, (8, 8)), (48, (12, 12)), ((32, 48), (8, 12))):
+        generator = GeneratorConfig(checkpoint=str(generator_folder), resolution=resolution).build("cpu")
+        assert generator.latent_shape == (8, *cells)
+
+
 def test_what_does_not_suit_the_checkpoint_names_the_setting(sd3, generator_folder):
     for checkpoint, change, line in (
         (sd3, {"resolution": 18}, r"generator\.resolution: 18 is no multiple of 4; take 16 or 20"),
         (sd3, {"embedded_guidance": 2.0}, r"generator\.embedded_guidance: "),
-        (generator_folder, {}, r"generator\.resolution: .* is no pipeline of diffusers; leave it out"),
+        (generator_folder, {}, r"generator\.max_tokens: .* is no pipeline of diffusers; leave it out"),
+        (generator_folder, {"max_tokens": None, "resolution": 20}, r"generator\.resolution: 20 is no multiple of 8"),
     ):
         with pytest.raises(UserError, match=f"^{line}"):
             settings(checkpoint, **change).build("cpu")

@@ -215,7 +215,7 @@ class Line:
         painted = torch.tanh(x - torch.linspace(-3, 3, self.feature_width))
         return torch.stack([painted, torch.cos(t * torch.arange(self.feature_width)).expand_as(painted)], 1)
 
-    def decode(self, latents):
+    def decode(self, latents, batch=None):
         return latents.numpy()
 
     def end(self, config, start: float, v: dict) -> float:

@@ -46,7 +46,7 @@ def ways_of(generator, config):
     def predict(x, t, cond):
         return generator.predict(x.double(), t, cond)
 
-    generator.decode = lambda latents: latents.numpy()
+    generator.decode = lambda latents, batch: latents.numpy()
     rolled = rollout(generator, predict, cond, ["p", "q"], (0, 0), plan, 64)
     rewards = torch.zeros(2, 2)
     advantages = algorithm.advantages(rewards, rewards.isfinite())

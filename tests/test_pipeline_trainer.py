@@ -408,3 +408,15 @@ def test_a_grid_shows_the_first_picture_of_each_held_out_prompt():
     assert sheet.shape == (10, 14, 3)
     assert [int(sheet[y, x, 0]) for y in (0, 9) for x in (0, 13)] == [1, 2, 11, 12]
     assert set(np.unique(sheet)) == {1, 2, 11, 12, 255}
+
+
+def test_what_is_compiled_is_called_with_few_sizes(generator, generator_folder, monkeypatch):
+    monkeypatch.setattr("pipeline.rl.trainer.compile_module", lambda network, device: True)
+    eager = trainer_of(load_generator(generator_folder), batch=16, groups=3)
+    compiled = trainer_of(generator, batch=16, groups=3, compile=True)
+    sizes = []
+    compiled.plain.register_forward_hook(lambda network, given, _: sizes.append(len(given[0])))
+    expected, found = eager.iterate(prompts_at(0, 3)), compiled.iterate(prompts_at(0, 3))
+    assert {4, 16} <= set(sizes) <= {2, 4, 8, 16}
+    assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2)

@@ -6,7 +6,8 @@ A family is a function that builds its pipeline, and `Family`, which `FAMILIES` 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -64,6 +65,11 @@ from transformers import (
 
 from models.text import word_tokenizer
 
+if TYPE_CHECKING:
+    import pytest
+
+_SAVED: dict[Callable[[], DiffusionPipeline], Path] = {}
+
 WORDS = ["a", "red", "blue", "green", "circle", "square", "left", "of", "above", "and", "the"]
 SIZE = (16, 24)
 """Height and width of the pictures, in pixels."""
@@ -93,6 +99,16 @@ class Family:
     into: Callable[[Tensor], Tensor] = lambda latents: latents
     out_of: Callable[[Tensor, Tensor], Tensor] = lambda latents, like: latents
     loads_lora: bool = True
+
+    def saved(self, folders: "pytest.TempPathFactory") -> Path:
+        """A folder with its pipeline, as it comes from the hub: built once, and for reading alone."""
+        if self.build not in _SAVED:
+            folder = folders.mktemp(self.build.__name__)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.build().save_pretrained(folder)
+            _SAVED[self.build] = folder
+        return _SAVED[self.build]
 
     def paint(
         self, pipe: DiffusionPipeline, prompts: list[str], noise: Tensor, steps: int, scale: float, kind: str

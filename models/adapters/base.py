@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from models.adapters.options import Options
 from models.adapters.prompts import PromptCache
-from models.codec import to_pixels
-from models.generator import Conditioning, Generator
+from models.codec import to_images, to_pixels
+from models.generator import Conditioning, Generator, sides
 from models.guidance import Guidance, guided
 from models.paths import shifted
 
@@ -64,7 +64,7 @@ class DiffusersGenerator(Generator):
             raise ValueError("embedded_guidance: this network is told none; set guidance, or leave it out")
         self.embedded_scale = options.embedded_guidance or self.default_embedded_scale
         self.max_tokens = options.max_tokens or self.max_tokens
-        self.height, self.width = self._size(options.resolution or self.default_resolution)
+        self.height, self.width = sides(options.resolution or self.default_resolution, self.cell * self.patch)
         for module in (self.transformer, *self.frozen):
             module.eval().requires_grad_(False)
         self.codec.enable_slicing()  # a picture does not depend on its batch
@@ -185,7 +185,15 @@ class DiffusersGenerator(Generator):
 
     def pixels(self, latents: Tensor) -> Tensor:
         with self._awake(self.codec, stay=latents.requires_grad):
-            return self.decoded(latents).to(latents.dtype).clamp(-1, 1)
+            return self._shown(latents)
+
+    def decode(self, latents: Tensor, batch: int | None = None) -> np.ndarray:
+        """The codec comes to the device once for all."""
+        with self._awake(self.codec):
+            return np.concatenate([to_images(self._shown(part)) for part in latents.split(batch or len(latents))])
+
+    def _shown(self, latents: Tensor) -> Tensor:
+        return self.decoded(latents).to(latents.dtype).clamp(-1, 1)
 
     @torch.no_grad()
     def latents(self, images: np.ndarray) -> Tensor:
@@ -256,14 +264,3 @@ class DiffusersGenerator(Generator):
             if self.options.offload and not stay:
                 for module in modules:
                     module.to("cpu")
-
-    def _size(self, resolution: int | tuple[int, int]) -> tuple[int, int]:
-        """Height and width of pictures, if the network's tokens divide them."""
-        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-        multiple = self.cell * self.patch
-        for pixels in (height, width):
-            if pixels < multiple or pixels % multiple:
-                below = pixels // multiple * multiple
-                near = f"{below} or {below + multiple}" if below else multiple
-                raise ValueError(f"resolution: {pixels} is no multiple of {multiple}; take {near}")
-        return height, width

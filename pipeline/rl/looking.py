@@ -25,9 +25,8 @@ from models.paths import noised
 from models.samplers import keyed_noise
 from pipeline.prompts import PromptRow, PromptSource, draw_key
 from pipeline.rl.checks import Seen
-from pipeline.rl.rollout import Plan, Predict, rollout
+from pipeline.rl.rollout import Plan, rollout
 from pipeline.rl.trainer import Trainer
-from rewards.backbones.base import filled
 from rewards.hacking import Measured
 from rewards.shortcuts import table
 
@@ -103,22 +102,12 @@ def painted(trainer: Trainer, mine: Sequence[Wanted], seed: int, siblings: int) 
     ids = [f"{one.prompt.id}/{one.sample}" for one in mine]
     with trainer.averaged():
         cond = generator.encode([one.prompt.text for one in mine])
-        rolled = rollout(generator, _predict(trainer), cond, ids, (seed, "watch"), plan, settings.batch)
+        predict = trainer.predict(trainer.plain)
+        rolled = rollout(generator, predict, cond, ids, (seed, "watch"), plan, settings.batch)
         # In another order of memory sums would round otherwise than those of pictures read from a file.
         images = np.ascontiguousarray(rolled.images)
         held = [one for one in mine if one.held_out]
         return images, list(divergences(trainer, rolled.latents[: len(held)], cond, held, seed, siblings))
-
-
-def _predict(trainer: Trainer) -> Predict:
-    plain, settings = trainer.predict(trainer.plain), trainer.settings
-
-    def predict(x: Tensor, t: float, cond: Conditioning) -> Tensor:
-        # What is compiled is compiled once more for every other number of rows.
-        rows = filled(torch.arange(len(x), device=x.device), settings.batch if settings.compile else len(x))
-        return plain(x[rows], t, cond[rows])[: len(x)]
-
-    return predict
 
 
 def divergences(

@@ -137,6 +137,7 @@ def rollout(
 ) -> Rollout:
     """Roll out K siblings for each of P prompts, named by `ids`; `seed` and the ids key all noise.
 
+    `batch` is of the network's calls, and of pictures that are decoded at a time.
     `features` is asked about the latents before each stochastic step, as `predict` is before every step.
     """
     device = cond.device
@@ -172,7 +173,7 @@ def rollout(
         transitions.append(Transition(t, s, x, drawn.x.unflatten(0, (len(x), fan)), owner, mean, old, seen))
         x, owner = drawn.x, _expanded(owner, fan)
     assert width == plan.siblings, f"{plan}: not all siblings have parted"
-    return Rollout(generator.decode(x), x, tuple(transitions), plan, kept)
+    return Rollout(generator.decode(x, batch), x, tuple(transitions), plan, kept)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:

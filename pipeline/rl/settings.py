@@ -57,7 +57,7 @@ class TrainerSettings(Section):
         gradient_checkpointing: compute the transformer's blocks once more for the gradient rather than keep them.
         twin: a copy of the transformer, with the adapter merged into it, rolls out, which is faster; without one the
             transformer that learns rolls out itself, in half the memory.
-        batch: pictures a network call.
+        batch: pictures a network call, and so many are decoded at a time.
         overlap: lots in which the groups of an iteration are rolled out; one is rated while the next is rolled out,
             which pays where a server is the judge.
         compile: torch.compile what runs in rollouts, where this machine can; pays on runs of minutes.

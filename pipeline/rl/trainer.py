@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from models.generator import Conditioning, Generator
-from pipeline.compiling import compile_module
+from pipeline.compiling import compile_module, filled_to
 from pipeline.judging import told
 from pipeline.prompts import PromptRow
 from pipeline.rl.advantage import Advantages, mixed_advantages
@@ -32,6 +32,7 @@ from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.shares import Share, assembled, share_of
 from pipeline.settings import UserError
 from pipeline.training import Average, load_state, save_state, trapezoid
+from rewards.backbones.base import filled
 from rewards.gradients import Gradient
 from rewards.mixture import mixture_of
 from rewards.normalising import Normaliser
@@ -125,8 +126,7 @@ class Trainer:
                 "remembers; set it to true, or finetune.updates to 1"
             )
         twin = copy.deepcopy(generator.transformer) if settings.twin else None
-        if twin is not None and settings.compile:
-            compile_module(twin, accelerator.device)
+        self.compiled = twin is not None and settings.compile and compile_module(twin, accelerator.device)
         needs_base = measured or algorithm.needs_reference or algorithm.needs_features
         self.policy = policy_of(generator, settings, needs_base, seed)
         self.tuned: nn.Module = self.policy.network
@@ -310,12 +310,18 @@ class Trainer:
 
     def predict(self, network: nn.Module) -> Callable[[Tensor, float | Tensor, Conditioning], Tensor]:
         """The velocity by `network`, this trainer's `tuned` or `plain`, as the generator's `predict` would give it,
-        but computed in the dtype of the settings."""
+        but computed in the dtype of the settings, and where it is compiled by calls of few sizes."""
+        static = self.compiled and network is self.plain
 
         def predict(x: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+            asked = x, t, cond
+            size = filled_to(len(x), self.settings.batch)
+            if static and size > len(x):
+                rows = filled(torch.arange(len(x), device=x.device), size)
+                asked = x[rows], t[rows] if isinstance(t, Tensor) and t.ndim else t, cond[rows]
             with self._autocast():
-                v = self.generator.velocity(network, x, t, cond)
-            return v.to(x.dtype)
+                v = self.generator.velocity(network, *asked)
+            return v[: len(x)].to(x.dtype)
 
         return predict
 

@@ -1,0 +1,87 @@
+"""Data stages write the same bytes on one, two and four processes; the model of scale is of what is shared out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipeline
+from benchmarks.scale import Link, Machine, Tuning, iteration, shards_in_turns
+from pipeline.settings import UserError
+from pipeline.store import Artifact
+
+HOME = Path(__file__).parent.parent
+DATA = ("sample", "judge", "prefer", "evaluate")
+SMALL_SHARDS = {"sample": {"shard": 12}, "judge": {"shard": 12}, "evaluate": {"shard": 4}}
+"""Five or six of each stage, so that four processes take two turns, not all of them in the second."""
+
+
+@pytest.fixture(scope="module")
+def one(config_at, folder):
+    pipeline.run(config_at("one", **SMALL_SHARDS))
+    return folder / "one"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_data_stages_write_the_same_bytes_on_any_number_of_processes(one, config_at, folder, processes):
+    name = f"on{processes}"
+    shutil.copytree(one, folder / name)
+    (folder / name / "events.jsonl").unlink()
+    for stage in DATA:
+        shutil.rmtree(folder / name / stage)
+    launch = ["accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
+    verb = ["--num_processes", str(processes), "-m", "pipeline", "run", str(config_at(name, **SMALL_SHARDS))]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *verb],
+        cwd=HOME,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = [json.loads(line) for line in (folder / name / "events.jsonl").read_text().splitlines()]
+    took_part = {event["stage"]: event["processes"] for event in events if event["kind"] == "stage_start"}
+    assert took_part.items() >= dict.fromkeys(DATA, processes).items()
+    assert not {"reward", "finetune"} & took_part.keys()
+    for stage in DATA:
+        assert Artifact(folder / name / stage).files == Artifact(one / stage).files, stage
+
+
+TUNING = Tuning(groups=48, siblings=24, shared=3, steps=10, learned=3, updates=1, trained=10**7, terms=1)
+MACHINE = Machine(call=1.0, lesson=3.0, picture=0.1, fixed=0.0, local=Link(0.0, 1e30), between=Link(0.0, 1e30), node=8)
+
+
+def test_one_process_does_all_the_work():
+    rollouts = 48 * (3 + 24 * 7)
+    lessons = 48 * (1 + 24 * 2)
+    assert iteration(TUNING, MACHINE, 1).seconds == pytest.approx(rollouts + 3 * lessons + 0.1 * 48 * 24)
+
+
+def test_whole_groups_scale_without_loss_and_shared_ones_repeat_their_prefix():
+    seconds = {count: iteration(TUNING, MACHINE, count).seconds for count in (1, 2, 48, 96)}
+    assert seconds[1] / seconds[2] == pytest.approx(2)
+    assert seconds[1] / seconds[48] == pytest.approx(48)
+    assert seconds[48] / 2 < seconds[96] < seconds[48]
+
+
+def test_more_processes_than_pictures_are_refused_as_a_run_would():
+    with pytest.raises(UserError, match="cannot be shared out over 1153 processes"):
+        iteration(TUNING, MACHINE, 48 * 24 + 1)
+
+
+def test_gradients_cross_the_slowest_link_twice_but_for_a_share():
+    slow = Machine(0.0, 0.0, 0.0, 0.0, local=Link(0.0, 4e9), between=Link(0.0, 1e9), node=8)
+    assert iteration(TUNING, slow, 1).bytes == 0
+    inside, across = iteration(TUNING, slow, 8), iteration(TUNING, slow, 16)
+    assert inside.seconds == pytest.approx(4e7 * 2 * 7 / 8 / 4e9, rel=0.01)
+    assert across.seconds == pytest.approx(4e7 * 2 * 15 / 16 / 1e9, rel=0.01)
+
+
+def test_data_stages_stop_scaling_at_their_shards():
+    assert [shards_in_turns(2400, 256, count) for count in (1, 2, 8, 10, 512)] == [2400, 1280, 512, 256, 256]
