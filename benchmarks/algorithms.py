@@ -27,23 +27,25 @@ from pipeline.store import Artifact, atomic_write_text, read_rows
 from rewards.hacking import distances
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    "flow_grpo": {"type": "grpo", "sampler": "sde", "window": None, "fans": [], "kl": 0.04, "clip": 1e-4},
-    "grpo": {"type": "grpo", "kl": 0.06},
-    "grpo, mix": {"type": "grpo", "window": 2, "slide_every": 25, "kl": 0.06},
-    "grpo, guard": {"type": "grpo", "guard": True, "clip": 2e-6, "kl": 0.06},
-    "dance": {"type": "grpo", "sampler": "dance", "eta": 0.3, "kl": 0.06},
-    "ppo": {"type": "ppo", "window": 2},
-    "ddpo": {"type": "ddpo", "window": 2},
-    "nft": {"type": "nft"},
-    "awm": {"type": "awm"},
-    "dpo, online": {"type": "dpo"},
-    "dpo, offline": {"type": "dpo", "source": "preferences"},
-    "d3po": {"type": "d3po"},
-    "raft": {"type": "raft"},
-    "supervised": {"type": "raft", "source": "preferences"},
-    "draft": {"type": "draft"},
-    "refl": {"type": "refl"},
+    "flow_grpo": {"algorithm": {"type": "grpo", "sampler": "sde", "window": None, "fans": [], "kl": 0.04}},
+    "grpo": {"algorithm": {"type": "grpo", "kl": 0.015}},
+    "grpo, mix": {"algorithm": {"type": "grpo", "window": 2, "slide_every": 25, "kl": 0.015}},
+    "grpo, guard": {"algorithm": {"type": "grpo", "guard": True, "clip": 2e-6, "kl": 0.015}},
+    "dance": {"algorithm": {"type": "grpo", "sampler": "dance", "eta": 0.3, "kl": 0.015}},
+    "ppo": {"algorithm": {"type": "ppo", "window": 2}},
+    "ddpo": {"algorithm": {"type": "ddpo", "window": 2}},
+    "nft": {"algorithm": {"type": "nft", "draws": 1}, "learning_rate": 1e-4},
+    "awm": {"algorithm": {"type": "awm", "draws": 1}},
+    "dpo, online": {"algorithm": {"type": "dpo"}},
+    "dpo, offline": {"algorithm": {"type": "dpo", "source": "preferences"}},
+    "d3po": {"algorithm": {"type": "d3po"}},
+    "raft": {"algorithm": {"type": "raft"}},
+    "supervised": {"algorithm": {"type": "raft", "source": "preferences"}},
+    "draft": {"algorithm": {"type": "draft"}},
+    "refl": {"algorithm": {"type": "refl"}},
 }
+"""Settings of `finetune`; the rest is the config's."""
+
 SHARED = ("sample", "judge", "prefer", "reward")
 RISES = (0.1, 0.2, 0.3)
 SMOOTHED = 9
@@ -145,7 +147,8 @@ def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
     common = [*overrides, f"seed={seed}"]
     base = load(Config, path, [*common, f"name=algorithms-{seed}"])
     run_loop(base, only=list(SHARED))
-    chosen = [*common, f"name=algorithms-{seed}-tuned", f"finetune.algorithm={json.dumps(ALGORITHMS[name])}"]
+    settings = [f"finetune.{key}={json.dumps(value)}" for key, value in ALGORITHMS[name].items()]
+    chosen = [*common, f"name=algorithms-{seed}-tuned", *settings]
     target = run_dir(load(Config, path, chosen))
     shutil.rmtree(target, ignore_errors=True)
     for stage in SHARED:

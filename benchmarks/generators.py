@@ -8,7 +8,7 @@ round to round. Ratios are medians over the rounds, above 1 where ours is faster
 A training step is a forward pass, a loss and the backward pass; an optimizer would take the same of both. On a CPU
 latents have 8 x 8 patches and the large networks few rows and four of their blocks, unless the options say more; on a
 GPU networks are whole, latents have 16 x 16 patches, and 64 are a batch. Floating-point operations are those of
-`models.networks.gflops`, three times as many with the backward pass, and the matmul rate is measured in the same run.
+`models.metering`, three times as many with the backward pass, and the matmul rate is measured in the same run.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.stages import matmul_rate
+from benchmarks.twins import AS_SD3, dit_twin, mmdit_twin
+from models import geometry, metering
 from models.dit import DiT, size_of
 from models.layers import Backbone
 from models.mmdit import MMDiT
-from models.networks import gflops
 from pipeline.progress import quiet_libraries
-from tests.twins import AS_SD3, dit_twin, mmdit_twin
 
 TOLERANCE = 1e-4
 TEXT = 32
@@ -119,6 +119,13 @@ def pair_of(entry: Entry, grid: int, blocks: int, batch: int) -> Pair:
 
 
 @torch.no_grad()
+def flops(network: Backbone) -> int:
+    """Of a call for one latent of the trained size."""
+    with torch.device("meta"):
+        empty = type(network).from_config(network.config)
+    return metering.painted(empty, geometry.asked(empty, 1, (network.config.size,) * 2, TEXT)).flops
+
+
 def forward(call: Callable[[], Tensor], network: nn.Module) -> None:
     call()
 
@@ -192,7 +199,7 @@ def main() -> None:
         difference = pair.difference()
         assert difference <= TOLERANCE, f"{name}: predictions differ by {difference} standard deviations"
         pair = pair.to(asked.device, dtype)
-        operations = 2e9 * batch * gflops(pair.ours, TEXT)
+        operations = batch * flops(pair.ours)
         for compiled in (False,) if asked.eager else (False, True):
             calls = pair.calls(compiled)
             for work, (run, passes) in WORKS.items():

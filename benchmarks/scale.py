@@ -31,10 +31,11 @@ from pipeline.config import Config
 from pipeline.progress import quiet_libraries
 from pipeline.prompts import draw_key
 from pipeline.rl import algorithm_of
+from pipeline.rl.rollout import Plan
 from pipeline.rl.shares import share_of
 from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
-from pipeline.settings import load
+from pipeline.settings import UserError, load
 from rewards.rules import RuleReward
 
 TWO = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu2.yaml"
@@ -135,12 +136,19 @@ def shards_in_turns(images: int, shard: int, processes: int) -> int:
     )
 
 
+def shared_steps(plan: Plan) -> int:
+    """Whose network call is one for all siblings. Raises UserError where they part little by little."""
+    if plan.fans and plan.fans != (plan.siblings,):
+        raise UserError("finetune.algorithm.fans: this model knows siblings that part at one step; leave it out")
+    return plan.start + 1 if plan.shares_start else 0
+
+
 def tuning_of(config: Config) -> Tuning:
     """What the settings of a run make of an iteration."""
     settings = config.finetune.trained
     algorithm, times = algorithm_of(config.finetune.algorithm), tuple(schedule(settings.steps, settings.shift))
     plans = [algorithm.rollout_plan(config.seed, i, times, settings.group_size) for i in range(_DRAWN)]
-    shared = sum(plan.start + 1 if plan.shares_start else 0 for plan in plans) / _DRAWN
+    shared = sum(map(shared_steps, plans)) / _DRAWN
     told = config.finetune.algorithm.model_dump()
     return Tuning(
         groups=settings.groups,
@@ -151,7 +159,7 @@ def tuning_of(config: Config) -> Tuning:
         updates=settings.updates,
         trained=forecast.Painter(config).trained,
         terms=len(config.finetune.mixture.terms),
-        whole=algorithm.whole_groups,
+        whole=algorithm.whole_groups or not plans[0].divisible,
     )
 
 

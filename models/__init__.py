@@ -7,12 +7,12 @@ import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    submodules=["lora"],
+    submodules=["adapters", "geometry", "lora", "metering"],
     submod_attrs={
         "generator": ["Conditioning", "Generator", "NativeGenerator", "sample"],
         "guidance": ["Guidance"],
-        "inversion": ["Inversion", "invert"],
+        "inversion": ["Inversion", "noise_of"],
         "keys": ["sample_key"],
-        "loading": ["load_generator"],
+        "loading": ["load_generator", "tuned"],
     },
 )

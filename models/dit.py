@@ -14,7 +14,7 @@ Shapes: B batch, N image tokens, L text tokens, W width, M tokens of the conditi
 """
 
 import re
-from typing import Any, Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.layers import Backbone, CrossAttention, Shape, Stream, cells_of, patched, placed, time_features, zeroed
 from models.positions import Encoding
 
-Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+ConditioningKind = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width and heads by the size's letter."""
@@ -45,7 +45,7 @@ def size_of(name: str) -> dict[str, int]:
 class DiTBlock(nn.Module):
     """Attention and MLP, and between them cross-attention where the conditioning is by it."""
 
-    def __init__(self, shape: Shape, conditioning: Conditioning):
+    def __init__(self, shape: Shape, conditioning: ConditioningKind):
         super().__init__()
         self.image = Stream(shape, {"adaln-zero": 6, "adaln": 4}.get(conditioning, 0))
         self.cross = CrossAttention(shape) if conditioning == "cross-attention" else None
@@ -103,8 +103,8 @@ class DiT(Backbone):
         shape = Shape(width, heads, kv_heads, mlp_ratio, mlp, attention, qk_norm)
         if depth < 1:
             raise ValueError(f"depth: {depth} is below 1")
-        if conditioning not in get_args(Conditioning):
-            known = ", ".join(get_args(Conditioning))
+        if conditioning not in get_args(ConditioningKind):
+            known = ", ".join(get_args(ConditioningKind))
             raise ValueError(f"conditioning: unknown {conditioning}; known here: {known}")
         if (classes > 0) == (text_width > 0):
             raise ValueError(f"classes: {classes}, and text_width: {text_width}; just one of them must be above 0")
@@ -126,11 +126,6 @@ class DiT(Backbone):
         self.patch_out = nn.Linear(width, channels * patch * patch)
         self.gradient_checkpointing = False
         self._initialise()
-
-    @classmethod
-    def named(cls, name: str, **settings: Any) -> Self:
-        """A DiT of a size such as DiT-XL/2; `settings` are all others."""
-        return cls(**size_of(name), **settings)
 
     def _initialise(self) -> None:
         """As the paper's: Xavier's, smaller where time and label come in, and zeros where adaLN-Zero asks for them."""

@@ -8,8 +8,8 @@ import copy
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from models.codec import PATCH, Codec, to_images, to_pixels
+from models.codec import Autoencoder, load_codec, to_images, to_pixels
 from models.guidance import NO_GUIDANCE, Guidance, guided
 from models.keys import sample_key
 from models.layers import Backbone
 from models.networks import load_network
 from models.paths import FLOW, Parametrisation, schedule
 from models.samplers import STOCHASTIC, keyed_noise, walk
-from models.text import load_encoder, memory
+from models.text import load_encoder, memory, memory_width
 
 _PARTS = ("transformer", "codec", "text_encoder", "tokenizer")
 _PARAMETRISATION = "parametrisation.json"
@@ -80,11 +80,22 @@ class Generator(ABC):
     lora_targets: tuple[str, ...]
     lora_prefix: str | None = None
     vp: bool = False
+    _negative: tuple[str, Conditioning] | None = None
 
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Of one picture."""
+
+    @property
+    @abstractmethod
+    def pixel_shape(self) -> tuple[int, int]:
+        """Height and width of one picture."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest of the transformer's weights."""
+        return max((weight.dtype for weight in self.transformer.parameters()), key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     @abstractmethod
@@ -98,9 +109,37 @@ class Generator(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self: ...
 
+    def copied(self, shared: bool = False) -> Self:
+        """The same with a transformer of its own, whose weights are the same tensors where they are `shared`; the other
+        parts are shared in any case."""
+        known = {id(weight): weight for weight in self.transformer.parameters()} if shared else {}
+        other = copy.copy(self)
+        other.transformer = copy.deepcopy(self.transformer, known)
+        return other
+
+    def in_float32(self) -> Self:
+        """The same with a transformer whose weights are float32; itself where they are."""
+        if self.dtype == torch.float32:
+            return self
+        other = self.copied()
+        other.transformer.float()
+        return other
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """What prompts become, a row each; a row does not depend on the others."""
+        """What prompts become, a row each; a row does not depend on the others. Raises ValueError, see `check`."""
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raises ValueError, beginning with `prompts`, where one of them cannot be encoded."""
+        return  # most families take any
+
+    def encode_negative(self, prompt: str) -> Conditioning:
+        """What a negative prompt becomes, one row: asked for at every call of the network, so it is encoded once and
+        stays on the device, and as other prompts are, whatever the caller's autocast."""
+        if self._negative is None or self._negative[0] != prompt or self._negative[1].device != self.device:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._negative = prompt, self.encode([prompt])
+        return self._negative[1]
 
     @abstractmethod
     def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
@@ -128,7 +167,20 @@ class Generator(ABC):
 
     @abstractmethod
     def latents(self, images: np.ndarray) -> Tensor:
-        """Latents (B, ...) of pictures, uint8 (B, H, W, 3)."""
+        """Latents (B, ...) of pictures, uint8 (B, H, W, 3). Raises ValueError, see `to_pixels`."""
+
+    def to_pixels(self, images: np.ndarray) -> Tensor:
+        """Pictures, uint8 (B, H, W, 3), as (B, 3, H, W) in [-1, 1] on the device.
+
+        Raises ValueError, beginning with `images`, where they are not of the size that is painted.
+        """
+        height, width = self.pixel_shape
+        if images.shape[1:3] != (height, width):
+            raise ValueError(
+                f"images: {images.shape[2]} x {images.shape[1]} pixels, where the generator paints {width} x {height}; "
+                "scale them"
+            )
+        return to_pixels(images).to(self.device)
 
     @property
     def feature_width(self) -> int:
@@ -158,18 +210,28 @@ class NativeGenerator(Generator):
         size: rows and columns of the latents; those that the transformer was trained on, see `at`.
         parametrisation: what the transformer predicts, and on which path.
         guidance, negative: how far `velocity` is moved away from that of which prompt.
+
+    Raises:
+        ValueError: the parts do not fit together; the line begins with the name of one.
     """
 
     def __init__(
         self,
         transformer: Backbone,
-        codec: Codec,
+        codec: Autoencoder,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         parametrisation: Parametrisation = FLOW,
         guidance: Guidance = NO_GUIDANCE,
         negative: str = "",
     ):
+        if codec.channels != (channels := transformer.config.channels):
+            raise ValueError(f"codec: its latents have {codec.channels} channels, and the transformer takes {channels}")
+        if transformer.config.get("classes"):
+            raise ValueError("transformer: it is told class labels, and generators of ours are told text; take another")
+        fused, wanted = transformer.reads_language_model, transformer.config.text_width
+        if (width := memory_width(text_encoder) if fused else text_encoder.config.hidden_size) != wanted:
+            raise ValueError(f"transformer: it takes text of width {wanted}, and that of the text encoder has {width}")
         self.transformer, self.codec = transformer, codec
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.parametrisation, self.guidance, self.negative = parametrisation, guidance, negative
@@ -184,7 +246,8 @@ class NativeGenerator(Generator):
 
         Raises:
             FileNotFoundError: a part is missing; the line names it.
-            ValueError: the weights are not those of the network that the folder names, see `load_network`.
+            ValueError: the weights are not those of the network or the codec that the folder names, see `load_network`
+                and `load_codec`, or these do not fit together.
         """
         for part in _PARTS:
             if not (Path(folder) / part).is_dir():
@@ -192,7 +255,7 @@ class NativeGenerator(Generator):
         transformer, codec, text_encoder, tokenizer = (Path(folder) / part for part in _PARTS)
         return cls(
             load_network(transformer),
-            Codec.from_pretrained(codec).eval().requires_grad_(False),
+            load_codec(codec),
             load_encoder(text_encoder).eval().requires_grad_(False),
             AutoTokenizer.from_pretrained(tokenizer),
             _parametrisation_in(Path(folder)),
@@ -219,10 +282,15 @@ class NativeGenerator(Generator):
 
         Raises ValueError where they cannot be cut into the codec's and the transformer's patches.
         """
-        height, width = sides(resolution, PATCH * self.transformer.config.patch)
+        cell = self.codec.cell
+        height, width = sides(resolution, cell * self.transformer.config.patch)
         other = copy.copy(self)
-        other.size = height // PATCH, width // PATCH
+        other.size = height // cell, width // cell
         return other
+
+    @property
+    def pixel_shape(self) -> tuple[int, int]:
+        return self.codec.cell * self.size[0], self.codec.cell * self.size[1]
 
     @property
     def device(self) -> torch.device:
@@ -256,7 +324,7 @@ class NativeGenerator(Generator):
         predict = partial(self._positive, network)
         if not self.guidance.needs_negative:
             return predict(x_t, t, cond)
-        negative = self.encode([self.negative]).repeated(len(x_t))
+        negative = self.encode_negative(self.negative).repeated(len(x_t))
         return guided(predict, x_t, t, cond, negative, self.guidance.at(t))
 
     def _positive(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
@@ -290,12 +358,17 @@ class NativeGenerator(Generator):
     @torch.no_grad()
     def latents(self, images: np.ndarray) -> Tensor:
         """Latents (B, C, S, S) of pictures, uint8 (B, H, W, 3)."""
-        return self.codec.encode(to_pixels(images).to(self.device))
+        return self.codec.encode(self.to_pixels(images))
 
 
 def _parametrisation_in(folder: Path) -> Parametrisation:
     path = folder / _PARAMETRISATION
-    return Parametrisation(**json.loads(path.read_text())) if path.is_file() else FLOW
+    if not path.is_file():
+        return FLOW
+    told, known = json.loads(path.read_text()), [field.name for field in fields(Parametrisation)]
+    if surplus := sorted(told.keys() - set(known)):
+        raise ValueError(f"{_PARAMETRISATION}: unknown {', '.join(surplus)}; known here: {', '.join(known)}")
+    return Parametrisation(**told)
 
 
 @torch.no_grad()

@@ -19,12 +19,13 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from models.codec import PATCH, Codec
+from models.codec import Codec, Identity, compression
 from models.networks import NETWORKS
 
 SHIPPED = Path(__file__).with_name("geometries")
-_TEXT_TOKENS = 512
-_OURS: dict[str, Any] = {**NETWORKS, "Codec": Codec}
+_BERT_TOKENS = 512
+"""What a BERT's config leaves out."""
+_OURS: dict[str, Any] = {**NETWORKS, "Codec": Codec, "Identity": Identity}
 _NETWORKS = ("transformer", "unet")
 _CODECS = ("vae", "codec")
 
@@ -42,12 +43,18 @@ class Part:
     dtype: str | None = None
 
     def build(self) -> nn.Module:
-        """On the meta device, frozen."""
+        """On the meta device, frozen.
+
+        Raises:
+            Unknown: its class is not one that is installed.
+        """
+        kind = _OURS.get(self.kind) or getattr(diffusers, self.kind, None) or getattr(transformers, self.kind, None)
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise Unknown(f"{self.kind} is none of the networks of diffusers or transformers that are installed")
         with torch.device("meta"):
-            if kind := _OURS.get(self.kind) or getattr(diffusers, self.kind, None):
+            if issubclass(kind, diffusers.ConfigMixin):
                 network = kind.from_config(self.config)
             else:
-                kind = getattr(transformers, self.kind)
                 network = kind(kind.config_class.from_dict(self.config))
         return network.eval().requires_grad_(False)
 
@@ -58,12 +65,12 @@ class Geometry:
 
     Attributes:
         pipeline: the class of the diffusers pipeline that it is.
-        text_tokens: how many the network hears at most.
+        text_tokens: how many one of our networks hears at most; for a pipeline's its adapter says so.
     """
 
     parts: dict[str, Part]
     pipeline: str | None = None
-    text_tokens: int = _TEXT_TOKENS
+    text_tokens: int = 0
 
     @property
     def network_name(self) -> str:
@@ -109,7 +116,7 @@ def geometry(checkpoint: str, revision: str | None = None) -> Geometry:
         named = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
         return Geometry(_read(read, named), index["_class_name"])
     if own := _read(read, dict.fromkeys(("transformer", "codec", "text_encoder"))):
-        tokens = own["text_encoder"].config.get("max_position_embeddings", _TEXT_TOKENS) if "text_encoder" in own else 0
+        tokens = own["text_encoder"].config.get("max_position_embeddings", _BERT_TOKENS) if "text_encoder" in own else 0
         return Geometry(own, text_tokens=tokens)
     if lone := read("config.json"):
         return Geometry({"model": _part(lone)})
@@ -117,7 +124,7 @@ def geometry(checkpoint: str, revision: str | None = None) -> Geometry:
         shipped = json.loads(path.read_text(encoding="utf-8"))
         if checkpoint in shipped["repos"]:
             parts = {name: Part(**part) for name, part in shipped["parts"].items()}
-            return Geometry(parts, shipped.get("pipeline"), shipped.get("text_tokens", _TEXT_TOKENS))
+            return Geometry(parts, shipped.get("pipeline"))
     remedy = f"`hf download {checkpoint} --include '*.json'` fetches them without weights"
     raise Unknown(f"{checkpoint}: its configs are not here; {remedy}")
 
@@ -128,29 +135,26 @@ def _read(read: Callable[[str], dict[str, Any] | None], named: Mapping[str, str 
 
 
 def _part(config: dict[str, Any], kind: str | None = None) -> Part:
-    kind = config.get("_class_name") or kind or (config.get("architectures") or ["AutoModel"])[0]
+    kind = config.get("_class_name") or kind or (config.get("architectures") or ["a model without a name"])[0]
     return Part(kind, config, config.get("dtype") or config.get("torch_dtype"))
 
 
 def cell(codec: nn.Module) -> int:
     """Pixels along a side of a latent cell."""
-    config = codec.config
     match type(codec).__name__:
-        case "Codec":
-            return PATCH
-        case "AutoencoderDC":
-            return 2 ** (len(config.encoder_block_out_channels) - 1)
+        case "Codec" | "Identity":
+            return codec.cell
         case "AutoencoderKLQwenImage":
-            return 2 ** len(config.temperal_downsample)
-    return 2 ** (len(config.block_out_channels) - 1)
+            return 2 ** len(codec.config.temperal_downsample)
+    return compression(codec)
 
 
 def latent(codec: nn.Module, rows: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """What `codec` decodes to pictures of `height` x `width` pixels: on the meta device (B, C, h, w)."""
     config, size = codec.config, cell(codec)
     match type(codec).__name__:
-        case "Codec":
-            channels = config.channels
+        case "Codec" | "Identity":
+            channels = codec.channels
         case "AutoencoderKLQwenImage":
             return torch.empty(rows, config.z_dim, 1, height // size, width // size, dtype=dtype, device="meta")
         case _:

@@ -100,6 +100,14 @@ def invert(predict: Velocity, latents: Tensor, times: Sequence[float], iteration
     return x_s
 
 
+def noise_of(
+    predict: Velocity, latents: Tensor, times: Sequence[float], iterations: int = 3, vp: bool = False
+) -> Tensor:
+    """The eps (B, ...) such that `latents` noised with it to `times[0]` are what `invert` finds there."""
+    first = times[0]
+    return (invert(predict, latents, times, iterations, vp) - (1 - first) * latents) / first
+
+
 def easyinv(
     predict: Velocity,
     latents: Tensor,

@@ -27,6 +27,7 @@ DOTTED = (
 """The networks that ComfyUI knows by diffusers' names."""
 
 _FLAT = "lora_unet_"
+_DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 
 
 def folded(path: str | Path, prefix: str | None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -52,7 +53,7 @@ def named(layers: Mapping[str, tuple[Tensor, Tensor]], network: str) -> dict[str
         else:
             flat = f"{_FLAT}{name.replace('.', '_')}"
             rank = torch.tensor(float(len(a)))
-            found |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.alpha": rank}
+            found |= {f"{flat}.{_DOWN}": a, f"{flat}.{_UP}": b, f"{flat}.{_ALPHA}": rank}
     return found
 
 
@@ -65,16 +66,20 @@ def dotted(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tenso
     """The inverse of `named` for kohya's names: those of peft, B scaled, for `network`.
 
     Raises:
-        ValueError: a name is that of no layer.
+        ValueError: a name is that of no layer, or a layer has another adapter than A, B and perhaps alpha.
     """
     names = {f"{_FLAT}{name.replace('.', '_')}": name for name, _ in network.named_modules()}
-    found = {}
-    for key in tensors:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
         flat, _, what = key.partition(".")
         if flat not in names:
             raise ValueError(f"lora: {key} fits no layer of {type(network).__name__}; it is one of another network")
-        if what == "lora_down.weight":
-            a, b = tensors[key], tensors[f"{flat}.lora_up.weight"]
-            scale = tensors.get(f"{flat}.alpha", torch.tensor(float(len(a)))) / len(a)
-            found |= {f"{names[flat]}.lora_A.weight": a, f"{names[flat]}.lora_B.weight": scale * b}
+        layers.setdefault(flat, {})[what] = value
+    found = {}
+    for flat, parts in layers.items():
+        if parts.keys() - {_ALPHA} != {_DOWN, _UP}:
+            raise ValueError(f"lora: {flat} has {', '.join(sorted(parts))}, which is no plain LoRA; export it as one")
+        a, b = parts[_DOWN], parts[_UP]
+        scale = parts.get(_ALPHA, torch.tensor(float(len(a)))) / len(a)
+        found |= {f"{names[flat]}.lora_A.weight": a, f"{names[flat]}.lora_B.weight": scale * b}
     return found

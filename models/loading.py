@@ -25,6 +25,8 @@ from models.lora import merge
 
 _INDEX = "model_index.json"
 _WHOLE = "config.json"
+_SENTENCEPIECE = "a tokenizer in it has no tokenizer.json; to read its SentencePiece model `pip install sentencepiece`"
+"""What to do where transformers, without that package, takes the model for one of tiktoken's."""
 _OWN = Options()
 _OF_ALL = ("resolution", "guidance", "negative")
 
@@ -43,11 +45,30 @@ def load_generator(
         OSError: a part of the generator is missing, or the hub does not give it.
     """
     generator = _loaded(str(checkpoint), device, options)
-    if lora is not None and (Path(lora) / _WHOLE).is_file():
-        generator.transformer = _whole(Path(lora), generator.transformer)
-    elif lora is not None:
-        merge(generator.transformer, lora, generator.lora_prefix)
+    if lora is not None:
+        _learn(generator, Path(lora))
     return generator.to(device)
+
+
+def tuned(generator: Generator, lora: str | Path) -> Generator:
+    """`generator` with what the folder `lora` holds, as in `load_generator`, beside the untouched one.
+
+    Text encoders and codec are shared; the transformer is its own, where the other's is.
+
+    Raises:
+        ValueError: the adapter is one of another network; the message begins with the field's name.
+    """
+    other = generator.copied()
+    _learn(other, Path(lora))
+    return other
+
+
+def _learn(generator: Generator, lora: Path) -> None:
+    """Merge the adapter in `lora` into the transformer, or put the whole network that is there in its place."""
+    if (lora / _WHOLE).is_file():
+        generator.transformer = _whole(lora, generator.transformer)
+    else:
+        merge(generator.transformer, lora, generator.lora_prefix)
 
 
 def _loaded(checkpoint: str, device: str, options: Options) -> Generator:
@@ -75,7 +96,7 @@ def _loaded(checkpoint: str, device: str, options: Options) -> Generator:
             checkpoint, dtype=dtypes, revision=options.revision, variant=options.variant, **family.loading
         )
     except ValueError as error:
-        raise OSError(f"{checkpoint}: {error}") from None
+        raise OSError(f"{checkpoint}: {_SENTENCEPIECE if 'tiktoken' in str(error) else error}") from None
     return family(pipe, options)
 
 

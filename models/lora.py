@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from models import kohya
 
@@ -29,6 +29,8 @@ def attach(transformer: PeftAdapterMixin, targets: Sequence[str], rank: int, alp
 
     It is float32 whatever the base weights are. Raises ValueError where a target is none of the network's.
     """
+    if unknown := set(targets).difference(known_targets(transformer, targets)):
+        raise ValueError(f"{', '.join(sorted(unknown))} ends the name of no layer of {type(transformer).__name__}")
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -37,6 +39,12 @@ def attach(transformer: PeftAdapterMixin, targets: Sequence[str], rank: int, alp
     for weight in transformer.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+
+
+def known_targets(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Those of `targets` that are the name of a layer, or its ending."""
+    names = [f".{name}" for name, _ in transformer.named_modules()]
+    return [target for target in targets if any(name.endswith(f".{target}") for name in names)]
 
 
 @contextlib.contextmanager
@@ -53,7 +61,8 @@ def reference(transformer: PeftAdapterMixin) -> Iterator[None]:
 def merge_into(plain: nn.Module, tuned: nn.Module) -> None:
     """Write base weight + scale * B A of `tuned` into `plain`, its twin without adapter.
 
-    A separate twin, rather than merging in place and taking it back, keeps the base weights exact.
+    A separate twin, rather than merging in place and taking it back, keeps the base weights exact. Theirs should be
+    float32: rounded to bfloat16, what an adapter adds in its first steps is mostly lost.
     """
     modules = dict(plain.named_modules())
     for name, layer in tuned.named_modules():
@@ -88,24 +97,26 @@ def merge(transformer: PeftAdapterMixin, folder: str | Path, prefix: str | None 
         ValueError: it is one of another network.
     """
     path = Path(folder) / WEIGHTS
-    if kohya.is_flat(tensors := load_file(path)):
-        transformer.load_lora_adapter(kohya.dotted(tensors, transformer), prefix=None)
+    tensors = load_file(path)
+    if kohya.is_flat(tensors):
+        tensors = kohya.dotted(tensors, transformer)
+        _check(transformer, tensors, path, None)
+        transformer.load_lora_adapter(tensors, prefix=None)
     else:
-        _check(transformer, path, prefix)
+        _check(transformer, tensors, path, prefix)
         transformer.load_lora_adapter(folder, weight_name=WEIGHTS, prefix=prefix)
     transformer.fuse_lora()
     transformer.unload_lora()
 
 
-def _check(transformer: nn.Module, path: Path, prefix: str | None) -> None:
+def _check(transformer: nn.Module, tensors: Mapping[str, Tensor], path: Path, prefix: str | None) -> None:
     layers = _named(dict(transformer.named_modules()), prefix)
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118, it is no mapping
-            name, _, side = key.removesuffix(".weight").rpartition(".lora_")
-            if not _fits(layers.get(name), side, file.get_slice(key).get_shape()):
-                raise ValueError(
-                    f"lora: {path} is one of another network: {key} fits no layer of {type(transformer).__name__}"
-                )
+    for key, value in tensors.items():
+        name, _, side = key.removesuffix(".weight").rpartition(".lora_")
+        if not _fits(layers.get(name), side, value.shape):
+            raise ValueError(
+                f"lora: {path} is one of another network: {key} fits no layer of {type(transformer).__name__}"
+            )
 
 
 def _fits(layer: nn.Module | None, side: str, shape: Sequence[int]) -> bool:

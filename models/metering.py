@@ -3,21 +3,32 @@
 Every tensor that an operation makes counts from then on until nothing holds it, which for what a gradient needs is the
 backward pass. Attention counts as a fused kernel does (2205.14135): it keeps its inputs, its output and a number for
 each query, and no scores. What is left out: workspaces of kernels, and what an allocator loses between blocks.
+
+Of many blocks that are alike four are run. The others, which would come before the last of them, keep as much for the
+backward pass and compute as much, in either direction, as the third one.
 """
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
+
+from models.layers import Backbone
+
+_RUN = 4
+"""Of blocks that are alike: the input of the first may need no gradient and is let go in the second, the third is as
+all, the last ends them."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Cost:
 
 
 class Metered(TorchDispatchMode):
-    """While entered, counts the bytes of tensors that are made, `now` and the `most` at once, and `flops`.
+    """While entered, counts the bytes of tensors that are made, `now` and the `most` at once, and `flops`; `returning`
+    is whether the backward pass has begun.
 
     Tensors that share memory with those `known` before do not count.
     """
@@ -41,6 +53,7 @@ class Metered(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.most = self.flops = 0
+        self.returning = False
         self._seen = WeakIdKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = None
@@ -58,12 +71,119 @@ class Metered(TorchDispatchMode):
         if storage in self._seen:
             return
         size = storage.nbytes()
-        self._seen[storage] = weakref.finalize(storage, self._let_go, size)
+        self._seen[storage] = weakref.finalize(storage, self.let_go, size)
+        self.hold(size)
+
+    def hold(self, size: int) -> None:
         self.now += size
         self.most = max(self.most, self.now)
 
-    def _let_go(self, size: int) -> None:
+    def let_go(self, size: int) -> None:
         self.now -= size
+
+
+@dataclass(frozen=True)
+class Run:
+    """The second and the third of blocks that are alike, and how many of them are left out."""
+
+    blocks: tuple[nn.Module, nn.Module]
+    missing: int
+
+
+@contextlib.contextmanager
+def shortened(network: nn.Module) -> Iterator[list[Run]]:
+    """Within the block `network` has four of any more blocks in a row that are alike; our own networks, whose blocks
+    may belong to the layers of a language model, keep theirs."""
+    whole, runs = [], []
+    for parent in [] if isinstance(network, Backbone) else list(network.modules()):
+        for name, blocks in list(parent.named_children()):
+            if not isinstance(blocks, nn.ModuleList):
+                continue
+            kept: list[nn.Module] = []
+            for alike in (list(found) for _, found in groupby(blocks, _form)):
+                if len(alike) > _RUN:
+                    runs.append(Run((alike[1], alike[2]), len(alike) - _RUN))
+                    alike = [*alike[: _RUN - 1], alike[-1]]
+                kept += alike
+            if len(kept) < len(blocks):
+                whole.append((parent, name, blocks))
+                setattr(parent, name, nn.ModuleList(kept))
+    try:
+        yield runs
+    finally:
+        for parent, name, blocks in whole:
+            setattr(parent, name, blocks)
+
+
+def _form(block: nn.Module) -> tuple[Any, ...]:
+    """What is equal of blocks that compute alike, with an adapter or without."""
+    named = ((name.replace(".base_layer", ""), value.shape) for name, value in block.named_parameters())
+    return type(block), *(each for each in named if ".lora_" not in each[0])
+
+
+class _Missing:
+    """Lets `metered` count the blocks that are missing of a run, between its third block and its last."""
+
+    def __init__(self, metered: Metered, missing: int) -> None:
+        self.metered, self.missing = metered, missing
+        self.now = self.flops = self.held = 0
+
+    def passed(self, place: int, block: nn.Module, given: Any, made: Any) -> Any:
+        """A forward hook of both blocks."""
+        metered = self.metered
+        if metered.returning:  # it is computed once more for its gradient
+            return made
+        if place == 1:
+            self.held = self.missing * (metered.now - self.now)
+            metered.hold(self.held)
+            metered.flops += self.missing * (metered.flops - self.flops)
+        self.now, self.flops = metered.now, metered.flops
+        leaves, structure = tree_flatten(made)
+        learning = [place for place, one in enumerate(leaves) if isinstance(one, Tensor) and one.requires_grad]
+        if learning:
+            marked = _Mark.apply(partial(self.returned, place), *(leaves[one] for one in learning))
+            leaves = [*leaves]
+            for one, tensor in zip(learning, marked, strict=True):
+                leaves[one] = tensor
+        return tree_unflatten(leaves, structure)
+
+    def returned(self, place: int) -> None:
+        """The gradient has come to the end of the first or the second of both."""
+        metered = self.metered
+        if place == 1:
+            metered.let_go(self.held)
+        else:
+            metered.flops += self.missing * (metered.flops - self.flops)
+        self.flops = metered.flops
+
+
+class _Mark(torch.autograd.Function):
+    """Its inputs, and a call when their gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, passed: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.passed = passed
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.passed()
+        return None, *gradients
+
+
+@contextlib.contextmanager
+def _counted(metered: Metered, runs: Sequence[Run]) -> Iterator[None]:
+    """Within the block what is missing counts."""
+    hooks = []
+    for run in runs:
+        missing = _Missing(metered, run.missing)
+        hooks += [each.register_forward_hook(partial(missing.passed, place)) for place, each in enumerate(run.blocks)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager
@@ -103,11 +223,11 @@ class _Attention(torch.autograd.Function):
 
 def painted(network: nn.Module, asked: Mapping[str, Any], call: Callable[..., Any] | None = None) -> Cost:
     """Of a call of `network`, or another `call` of it, on the meta device, without a gradient."""
-    with torch.no_grad():
+    with torch.no_grad(), shortened(network) as runs:
         (call or network)(**asked)  # some networks keep tables of positions from their first call on
-    metered = Metered(_held(network, asked))
-    with torch.no_grad(), metered, _fused(metered):
-        (call or network)(**asked)
+        metered = Metered(_held(network, asked))
+        with metered, _fused(metered), _counted(metered, runs):
+            (call or network)(**asked)
     return Cost(metered.most, metered.flops)
 
 
@@ -117,8 +237,9 @@ def learned(network: nn.Module, asked: Mapping[str, Any]) -> Cost:
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
     metered = Metered(_held(network, asked))
-    with metered, _fused(metered):
+    with shortened(network) as runs, metered, _fused(metered), _counted(metered, runs):
         made = [one for one in tree_leaves(network(**asked)) if isinstance(one, Tensor) and one.requires_grad]
+        metered.returning = True
         torch.autograd.backward(made, [torch.empty_like(one) for one in made])
     return Cost(metered.most, metered.flops)
 

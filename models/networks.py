@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.dit import DiT
 from models.layers import Backbone
@@ -24,20 +22,6 @@ def network_of(name: str) -> type[Backbone]:
     if name not in NETWORKS:
         raise ValueError(f"network: unknown {name}; known here: {', '.join(NETWORKS)}")
     return NETWORKS[name]
-
-
-def gflops(network: Backbone, text: int) -> float:
-    """Of one latent of the trained size under `text` tokens: thousand millions of multiplications with additions.
-
-    The DiT paper (2212.09748) counts so; whoever counts a multiplication and an addition as two gets twice as many.
-    """
-    config = network.config
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        latents = torch.empty(1, config.channels, config.size, config.size)
-        told = torch.zeros(1, dtype=torch.long) if config.get("classes") else torch.empty(1, text, config.text_width)
-        empty = network if network.device.type == "meta" else type(network).from_config(config)
-        empty(latents, torch.empty(1), told)
-    return counter.get_total_flops() / 2e9
 
 
 def load_network(folder: str | Path) -> Backbone:

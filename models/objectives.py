@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.generator import NativeGenerator
-from models.paths import PATHS, Point, Prediction, like, mixed, predicted
+from models.paths import PATHS, Point, Prediction, like, on_path, predicted
 
 Times = Literal["logit-normal", "uniform", "mode", "cosmap"]
 Weight = Literal["plain", "simple", "min-snr", "likelihood"]
@@ -92,6 +92,6 @@ class Objective:
         quantiles = (torch.arange(len(x0)) + torch.rand(len(x0), generator=random)) / len(x0)
         t = own.last * self.at(quantiles).to(x0.device)
         point = PATHS[own.path].at(t)
-        found = generator.asked(generator.transformer, mixed(x0, noise, point), t, generator.encode(captions))
+        found = generator.asked(generator.transformer, on_path(x0, noise, point), t, generator.encode(captions))
         errors = (found - predicted(own.prediction, x0, noise, point)).square()
         return (like(self.weights(own.prediction, point), errors) * errors).mean()

@@ -137,7 +137,7 @@ PathName = Literal["flow", "vp", "cosine"]
 PATHS: dict[str, Path] = {"flow": Flow(), "vp": VP(), "cosine": Cosine()}
 
 
-def ends(kind: Prediction, prediction: Tensor, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
+def ends_on_path(kind: Prediction, prediction: Tensor, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
     """The (x0, eps) which a `prediction` of some kind at `x` (B, ...) points to.
 
     It divides by alpha where eps or the score is predicted, by sigma where x0 is, and otherwise by neither.
@@ -160,14 +160,17 @@ def ends(kind: Prediction, prediction: Tensor, x: Tensor, point: Point) -> tuple
     raise ValueError(f"prediction: unknown {kind}; known here: {', '.join(get_args(Prediction))}")
 
 
-def mixed(x0: Tensor, eps: Tensor, point: Point) -> Tensor:
+def on_path(x0: Tensor, eps: Tensor, point: Point) -> Tensor:
     """The x of a point of a path from `x0` to `eps` (B, ...)."""
     p = point.like(x0)
     return p.alpha * x0 + p.sigma * eps
 
 
 def predicted(kind: Prediction, x0: Tensor, eps: Tensor, point: Point) -> Tensor:
-    """What a perfect network of this kind predicts on the path from `x0` to `eps` (B, ...): the inverse of `ends`."""
+    """What a perfect network of this kind predicts on the path from `x0` to `eps` (B, ...).
+
+    It is the inverse of `ends_on_path`.
+    """
     p = point.like(x0)
     match kind:
         case "eps":
@@ -225,7 +228,7 @@ class Parametrisation:
         found = network(x, time)
         if self._is_flow:
             return found
-        return velocity(*ends(self.prediction, found, x, PATHS[self.path].at(time)))
+        return velocity(*ends_on_path(self.prediction, found, x, PATHS[self.path].at(time)))
 
     @property
     def _is_flow(self) -> bool:

@@ -12,10 +12,12 @@ offset of two ids alone. The kinds:
 - `quaternion`: four channels are a quaternion, multiplied from both sides by learned unit quaternions to the power of
   the id (quaternion rotary attention, 2403.11626; for images). Periods and phases that depend on the tokens, which
   break the invariance, are left out;
-- `msrope`: axial, and the text stands on the diagonal beyond the image's corner (Qwen-Image, 2508.02324).
+- `msrope`: axial, and the text stands on the diagonal beyond the image's corner (Qwen-Image, 2508.02324; its grids of
+  one even and one odd side stand half a cell away from where theirs do).
 
 What is learned is learned for every layer and every head of keys. On another grid than the trained one, ids are scaled
-to it about its centre. Shapes: N tokens, A axes, W width, H heads, D head dimension, P = D / 2 pairs, Y layers.
+to it about its centre. Grids may have three axes, as those of videos, though the networks here have pictures' two.
+Shapes: N tokens, A axes, W width, H heads, D head dimension, P = D / 2 pairs, Y layers.
 """
 
 import math
@@ -30,11 +32,6 @@ from torch import Tensor, nn
 Kind = Literal["none", "sincos", "learned", "axial", "mixed", "string", "quaternion", "msrope"]
 Scaling = Literal["interpolate", "extrapolate"]
 """On a larger grid, cells come closer together, so that it covers what the trained one did; or it covers more."""
-
-
-def grid_ids(height: int, width: int) -> Tensor:
-    """(row, column) of every cell of a grid, row by row: (height * width, 2)."""
-    return canonical_ids((height, width), (height, width))
 
 
 def canonical_ids(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.codec import PATCH, Codec
+from models.codec import Autoencoder, Codec
 from models.generator import NativeGenerator
 from models.keys import sample_key
 from models.layers import Backbone
@@ -19,6 +19,8 @@ from models.text import language_model, text_encoder, word_tokenizer
 Batch = tuple[Tensor, list[str]]  # latents (B, C, S, S) and their captions
 FLOW_MATCHING = Objective()
 NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
+_TOKEN = 8
+"""Pixels along its side."""
 
 
 def new_generator(
@@ -32,12 +34,13 @@ def new_generator(
     parametrisation: Parametrisation = FLOW,
     network: str = "MMDiT",
     choices: Mapping[str, Any] = NO_CHOICES,
+    codec: Autoencoder | None = None,
 ) -> NativeGenerator:
     """An untrained generator of pictures of `size` pixels; its weights depend on `seed` alone.
 
-    The network has `depth` blocks of heads of 32, unless `choices`, its other settings, say something else; the text
-    encoder is as wide and has `text_depth` layers. With deep fusion a language model of the network's own depth, width
-    and heads takes its place.
+    It paints latents of `codec`; of an untrained one of ours where there is none. The network has `depth` blocks of
+    heads of 32, unless `choices`, its other settings, say something else; the text encoder is as wide and has
+    `text_depth` layers. With deep fusion a language model of the network's own depth, width and heads takes its place.
 
     Raises:
         ValueError: the network is not known, or does not take such settings; the message begins with the field's name.
@@ -45,11 +48,12 @@ def new_generator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = word_tokenizer(vocabulary)
-        codec = Codec()
-        transformer = new_network(network, codec.config.channels, size // PATCH, width, depth, choices)
+        own = Codec()  # in any case, so that the other weights do not depend on whose codec it is
+        codec = codec or own
+        transformer = new_network(network, codec, size, width, depth, choices)
         if transformer.reads_language_model:
-            own = transformer.config
-            sizes = own.width, own.depth, own.heads, own.kv_heads or own.heads
+            chosen = transformer.config
+            sizes = chosen.width, chosen.depth, chosen.heads, chosen.kv_heads or chosen.heads
             encoder = language_model(len(tokenizer), *sizes, max_tokens)
         else:
             encoder = text_encoder(len(tokenizer), width, text_depth, max_tokens)
@@ -57,15 +61,22 @@ def new_generator(
 
 
 def new_network(
-    network: str, channels: int, size: int, width: int, depth: int, choices: Mapping[str, Any] = NO_CHOICES
+    network: str, codec: Autoencoder, size: int, width: int, depth: int, choices: Mapping[str, Any] = NO_CHOICES
 ) -> Backbone:
-    """An untrained network for latents of `size`; see `new_generator`."""
-    sizes = {"width": width, "depth": depth, "heads": width // 32, **choices}
+    """An untrained network for the latents of pictures of `size` pixels; see `new_generator`.
+
+    Where its `choices` say nothing else, its patches are as many of the codec's cells as make a token of 8 x 8 pixels.
+    """
+    if size % codec.cell:
+        raise ValueError(f"codec: its cells are of {codec.cell} pixels a side, of which {size} are no multiple")
+    patch = max(1, _TOKEN // codec.cell)
+    sizes = {"width": width, "depth": depth, "heads": width // 32, "patch": patch, **choices}
     text_width = width
     if sizes.get("fused"):
         keys = sizes.get("kv_heads") or sizes["heads"]
         text_width = 2 * sizes["depth"] * keys * (sizes["width"] // max(1, sizes["heads"]))
-    return network_of(network)(channels=channels, size=size, text_width=text_width, **sizes)
+    latents = {"channels": codec.channels, "size": size // codec.cell}
+    return network_of(network)(**latents, text_width=text_width, **sizes)
 
 
 def pretraining_loss(

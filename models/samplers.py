@@ -35,6 +35,9 @@ class Step:
 
 Sampler = Callable[[Tensor, Tensor, float, float, float, Tensor | None], Step]
 
+_START = 0.99
+"""Times above it are where paths start: at noise alone, or a little before."""
+
 
 def ode(x_t: Tensor, v: Tensor, t: float, s: float, eta: float = 0.0, noise: Tensor | None = None) -> Step:
     """Euler's step of the flow ODE; `eta` and `noise` are ignored."""
@@ -62,10 +65,11 @@ def ddpm(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor |
 def sde(x_t: Tensor, v: Tensor, t: float, s: float, eta: float, noise: Tensor | None) -> Step:
     """Euler-Maruyama's step of the SDE with the flow's marginals (Flow-GRPO, 2505.05470, equation 9).
 
-    The diffusion g = eta sqrt(t / (1 - t)) is infinite at t = 1, where s takes the place of t under the root.
+    The diffusion g = eta sqrt(t / (1 - t)) is infinite at t = 1, where paths start, if not a little before. There 1 - s
+    takes the place of 1 - t under the root.
     """
     dt = s - t
-    g = eta * math.sqrt(t / (1 - (s if t == 1 else t)))
+    g = eta * math.sqrt(t / (1 - (s if t > _START else t)))
     mean = x_t * (1 + g * g * dt / (2 * t)) + v * (1 + g * g * (1 - t) / (2 * t)) * dt
     return _drawn(mean, g * math.sqrt(-dt), noise)
 
@@ -159,10 +163,12 @@ def walk(
     `noise(number)` is that of a step; without it no sampler draws.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or its `eta` is not between 0 and 1.
     """
     if sampler not in SAMPLERS and sampler not in SOLVERS:
         raise ValueError(f"sampler: unknown {sampler}; known here: {', '.join([*SAMPLERS, *SOLVERS])}")
+    if sampler in STOCHASTIC and not 0 <= eta <= 1:
+        raise ValueError(f"eta: {eta} is not between 0 and 1")
     solver, step = SOLVERS.get(sampler, euler), SAMPLERS.get(sampler, ode)
     seen = None
     for number, (t, s) in enumerate(pairwise(times)):

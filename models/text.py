@@ -94,6 +94,14 @@ def memory(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     return kept.permute(2, 4, 0, 1, 3, 5).flatten(2)
 
 
+def memory_width(model: PreTrainedModel) -> int:
+    """Of a row of `memory`; 0 where the model is no causal one."""
+    config = model.config
+    if config.model_type == "bert":
+        return 0
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
 def reading_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of each token after the first by those before it; the head is the embedding's."""
     hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]

@@ -1,8 +1,8 @@
 """The settings of a run. Each section is declared beside the code it turns; this file only composes them."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.assessing.settings import EvaluateRewardConfig
 from pipeline.generating import GeneratorConfig
@@ -37,3 +37,8 @@ class Config(Section):
     evaluate_reward: EvaluateRewardConfig = EvaluateRewardConfig()
     report: ReportConfig = ReportConfig()
     invert: InvertConfig = InvertConfig()
+
+    @model_validator(mode="after")
+    def _generator_can_be_trained(self) -> Self:
+        self.finetune.check_generator(self.generator.dtype)
+        return self

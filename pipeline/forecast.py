@@ -7,23 +7,30 @@ These are lower bounds: what kernels take for a while, what an allocator loses b
 itself (about half a GiB) come on top, and so does what a judge and a reward model take besides their weights.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from diffusers.loaders import PeftAdapterMixin
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from models import adapters, lora, metering
-from models.geometry import Geometry, Unknown, asked, cell, geometry, latent
-from models.metering import Cost
+import models
 from pipeline.judging import EnsembleJudge, ServerModel
+from pipeline.rl.settings import LoraSettings
+from pipeline.runner import process_state
 from pipeline.settings import UserError
+
+if TYPE_CHECKING:
+    from models.geometry import Geometry
+    from models.metering import Cost
 
 GIB = 2**30
 
@@ -36,17 +43,21 @@ _SERVED_SHARE = 0.9
 
 _ROOM = "--gpu-memory-utilization"
 
+_TOWER = re.compile(r"(^|\.)(vision_model|vision_tower|visual|vision)\.")
+"""What reads pictures in a reward model."""
+
 
 @dataclass(frozen=True)
 class Need:
     """Of one stage, in bytes: `held` all the time by what for, and the `phases`, one after another.
 
-    `notes` say what is not in it.
+    So much waits in main memory meanwhile (`waiting`); `notes` say what is not in it.
     """
 
     stage: str
     held: dict[str, int]
     phases: dict[str, int]
+    waiting: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,23 +68,33 @@ class Need:
 
 @dataclass
 class _Kept:
-    """What judges and reward models take, and what is not known of them."""
+    """Bytes of judge and reward model, of what is `trained` of that, and of the `terms` of the reward that are other
+    models; and what is not known of them."""
 
     judge: int = 0
     reward: int = 0
+    trained: int = 0
+    terms: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noting(self, part: str) -> Iterator[None]:
+        try:
+            yield
+        except models.geometry.Unknown as error:
+            self.notes.append(f"{part}: {error}")
 
 
 @dataclass(frozen=True)
 class _Networks:
     """The networks of a generator on the meta device, and how it is asked by default."""
 
-    looks: Geometry
+    looks: "Geometry"
     codec: nn.Module
     encoders: tuple[nn.Module, ...]
     targets: tuple[str, ...]
     scale: float
-    max_tokens: int | None
+    text_tokens: Callable[[int | None], int]
     size: tuple[int, int]
 
     @property
@@ -83,27 +104,28 @@ class _Networks:
 
 @functools.cache
 def _networks(checkpoint: str, revision: str | None) -> _Networks:
-    """Raises Unknown where nothing tells what it looks like."""
-    looks = geometry(checkpoint, revision)
-    if looks.pipeline not in (None, *adapters.FAMILIES):
-        raise Unknown(f"{checkpoint} is a {looks.pipeline}; supported are {', '.join(adapters.FAMILIES)}")
+    """Raises Unknown where nothing tells what it looks like, and UserError where it is of no family that is known."""
+    looks, families = models.geometry.geometry(checkpoint, revision), models.adapters.FAMILIES
+    if looks.pipeline not in (None, *families):
+        known = ", ".join(families)
+        raise UserError(f"generator.checkpoint: {checkpoint} is a {looks.pipeline}; supported are {known}")
     network, codec = looks.network.build(), looks.codec.build()
-    family: Any = getattr(adapters, adapters.FAMILIES[looks.pipeline]) if looks.pipeline else network
-    side = network.config.get("size") or network.config.get("sample_size") or 1024 // cell(codec)
+    family: Any = getattr(models.adapters, families[looks.pipeline]) if looks.pipeline else network
+    side = network.config.get("size") or network.config.get("sample_size") or 1024 // models.geometry.cell(codec)
     return _Networks(
         looks=looks,
         codec=codec,
         encoders=tuple(part.build() for part in looks.encoders),
         targets=family.targets(network) if looks.pipeline else network.lora_targets,
         scale=getattr(family, "scale", 1.0),
-        max_tokens=getattr(family, "max_tokens", None),
-        size=(side * cell(codec), side * cell(codec)),
+        text_tokens=family.text_tokens if looks.pipeline else lambda _: looks.text_tokens,
+        size=(side * models.geometry.cell(codec), side * models.geometry.cell(codec)),
     )
 
 
 @functools.cache
 def _network(checkpoint: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
-    return geometry(checkpoint, revision).network.build().to(dtype)
+    return models.geometry.geometry(checkpoint, revision).network.build().to(dtype)
 
 
 @functools.cache
@@ -115,31 +137,35 @@ def _learner(
     checkpointed: bool,
 ) -> nn.Module:
     """The network with what is trained of it: an adapter of a rank on targets, or all."""
-    network = geometry(checkpoint, revision).network.build()
+    from diffusers.loaders import PeftAdapterMixin  # diffusers takes seconds to import
+
+    network = models.geometry.geometry(checkpoint, revision).network.build()
     if adapter is None:
         network.requires_grad_(True)
     else:
         if not isinstance(network, PeftAdapterMixin):  # diffusers' PixArt and DiT
             network.__class__ = type(type(network).__name__, (type(network), PeftAdapterMixin), {})
-        with torch.device("meta"):
-            lora.attach(network, adapter[1], adapter[0], adapter[0], seed=0)
+        with torch.device("meta"), models.metering.shortened(network):
+            targets = models.lora.known_targets(network, adapter[1])  # some name blocks that are left out
+            models.lora.attach(network, targets, adapter[0], adapter[0], seed=0)
     if checkpointed:
         network.enable_gradient_checkpointing()
     return network.to(dtype)
 
 
 @functools.cache
-def _cost(network: nn.Module, size: tuple[int, int], tokens: int, learning: bool) -> Cost:
+def _cost(network: nn.Module, size: tuple[int, int], tokens: int, learning: bool) -> "Cost":
     """Of `_ROWS` rows."""
-    call = metering.learned if learning else metering.painted
-    return call(network, asked(network, _ROWS, size, tokens))
+    call = models.metering.learned if learning else models.metering.painted
+    return call(network, models.geometry.asked(network, _ROWS, size, tokens))
 
 
 @functools.cache
-def _decoding(codec: nn.Module, height: int, width: int, dtype: torch.dtype) -> Cost:
+def _decoding(codec: nn.Module, height: int, width: int, dtype: torch.dtype) -> "Cost":
     """Of one picture."""
     codec = codec.to(dtype)
-    return metering.painted(codec, {"z": latent(codec, 1, height, width, dtype)}, lambda z: codec.decode(z))
+    given = {"z": models.geometry.latent(codec, 1, height, width, dtype)}
+    return models.metering.painted(codec, given, lambda z: codec.decode(z))
 
 
 @dataclass(frozen=True)
@@ -179,15 +205,15 @@ class Painter:
     def weights(self) -> int:
         """Bytes of the network."""
         place = self._settings.checkpoint, self._settings.revision
-        return metering.size(_network(*place, getattr(torch, self._settings.dtype)))
+        return models.metering.size(_network(*place, getattr(torch, self._settings.dtype)))
 
     @property
     def encoders(self) -> int:
-        return sum(metering.size(one, getattr(torch, self._settings.text_dtype)) for one in self._looks.encoders)
+        return sum(models.metering.size(one, getattr(torch, self._settings.text_dtype)) for one in self._looks.encoders)
 
     @property
     def codec(self) -> int:
-        return metering.size(self._looks.codec, getattr(torch, self._settings.codec_dtype))
+        return models.metering.size(self._looks.codec, getattr(torch, self._settings.codec_dtype))
 
     @property
     def offloads(self) -> bool:
@@ -202,33 +228,41 @@ class Painter:
         each = 3 * height * width * (dtype.itemsize + 2 * torch.float32.itemsize)
         return one + pictures * each
 
-    def painting(self, pictures: int) -> Cost:
+    def painting(self, pictures: int) -> "Cost":
         """A call of the network for so many pictures, without a gradient."""
         network = _network(self._settings.checkpoint, self._settings.revision, getattr(torch, self._settings.dtype))
         return self._asked(network, pictures, learning=False)
 
-    def learning(self, pictures: int) -> Cost:
+    def learning(self, pictures: int) -> "Cost":
         """A call and its backward pass, as `finetune` makes them."""
         return self._asked(self._learner, pictures, learning=True)
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained."""
-        return sum(weight.numel() for weight in self._learner.parameters() if weight.requires_grad)
+        """How many numbers are trained: a B A of each target's weight, or all."""
+        network = _network(self._settings.checkpoint, self._settings.revision, getattr(torch, self._settings.dtype))
+        if self._adapter is None:
+            return sum(weight.numel() for weight in network.parameters())
+        rank, targets = self._adapter
+        ends = tuple(f".{target}" for target in targets)
+        shapes = [layer.weight.shape for name, layer in network.named_modules() if f".{name}".endswith(ends)]
+        return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
+
+    @property
+    def _adapter(self) -> tuple[int, tuple[str, ...]] | None:
+        settings = self.config.finetune.lora
+        return settings and (settings.rank, tuple(settings.targets or self._looks.targets))
 
     @property
     def _learner(self) -> nn.Module:
-        settings = self.config.finetune
-        adapter = settings.lora and (settings.lora.rank, tuple(settings.lora.targets or self._looks.targets))
+        settings, adapter = self.config.finetune, self._adapter
         place = self._settings.checkpoint, self._settings.revision, getattr(torch, self.dtype)
         return _learner(*place, adapter, settings.gradient_checkpointing)
 
-    def _asked(self, network: nn.Module, pictures: int, learning: bool) -> Cost:
-        per_cell, (height, width) = cell(self._looks.codec), self.size
+    def _asked(self, network: nn.Module, pictures: int, learning: bool) -> "Cost":
+        per_cell, (height, width) = models.geometry.cell(self._looks.codec), self.size
         size = height // per_cell, width // per_cell
-        tokens = self._looks.looks.text_tokens
-        if self._settings.max_tokens and self._looks.max_tokens:
-            tokens += self._settings.max_tokens - self._looks.max_tokens
+        tokens = self._looks.text_tokens(self._settings.max_tokens)
         rows = pictures * (2 if self.guided else 1)
         return _cost(network, size, tokens, learning).times(rows / _ROWS)
 
@@ -241,25 +275,39 @@ def needs(config: Any, processes: int, memory: int) -> list[Need]:
 
     Raises:
         Unknown: nothing tells what the generator looks like.
+        UserError: it is of no family that is known.
     """
     painter = Painter(config)
     kept = _kept(config, memory)
-    sampled = [] if config.prefer.table else [_painting("sample", painter, config.sample, {})]
+    sampled = [] if config.prefer.table else [_painting("sample", painter, config.sample.batch)]
     judged = [] if config.prefer.table else [Need("judge", {"judge": kept.judge}, {})]
-    notes, copies = tuple(kept.notes), 1 if painter.offloads else 2
+    later = {"judge": kept.judge, "reward": kept.reward}
     return [
         *sampled,
         *judged,
-        Need("reward", {"reward": kept.reward}, {}, notes),
+        Need("reward", {"reward": kept.reward, "trained": kept.trained}, {}, notes=tuple(kept.notes)),
         _finetune(config, painter, kept, processes),
-        _painting("evaluate", painter, config.evaluate, {"judge": kept.judge, "reward": kept.reward}, copies),
+        _painting("evaluate", painter, config.evaluate.batch, later, copies=2),
     ]
 
 
-def _painting(stage: str, painter: Painter, settings: Any, more: dict[str, int], copies: int = 1) -> Need:
-    """A stage that paints batch by batch, with so many generators on the device; `more` comes there after encoding."""
-    phases = {"painting": painter.painting(settings.batch).bytes, "decoding": painter.decoding(settings.batch)}
-    return _need(stage, painter, {"network": copies * painter.weights, **more}, phases, copies, sum(more.values()))
+def need_of(config: Any, stage: str, processes: int, memory: int) -> Need:
+    """That of one of the stages, or of the verb `invert`; see `needs`."""
+    if stage == "invert":
+        return _painting("invert", Painter(config), 1, copies=2)
+    return next(need for need in needs(config, processes, memory) if need.stage == stage)
+
+
+def _painting(
+    stage: str, painter: Painter, batch: int, later: Mapping[str, int] | None = None, copies: int = 1
+) -> Need:
+    """A stage that paints batch by batch, with so many copies of the network, of which all but one wait in main memory
+    where text encoders do; what is held `later` comes after prompts were encoded."""
+    later = later or {}
+    waiting = copies - 1 if painter.offloads else 0
+    phases = {"painting": painter.painting(batch).bytes, "decoding": painter.decoding(batch)}
+    held = {"network": (copies - waiting) * painter.weights, **later}
+    return _need(stage, painter, held, phases, sum(later.values()), waiting * painter.weights)
 
 
 def _finetune(config: Any, painter: Painter, kept: _Kept, processes: int) -> Need:
@@ -268,51 +316,77 @@ def _finetune(config: Any, painter: Painter, kept: _Kept, processes: int) -> Nee
     settings = config.finetune
     asks = "judge" in settings.rewarded or settings.refresh or (settings.watch and settings.watch.judge)
     pictures = -(-settings.groups * settings.trained.group_size // processes)
-    rows = min(settings.batch, pictures)
+    rows, each = min(settings.batch, pictures), settings.algorithm.rows
+    learned = each * max(1, min(settings.batch // each, pictures))
     whole = settings.lora is None
     held = {
         "network": 4 * painter.trained if whole else painter.weights,
-        "twin": painter.weights if settings.twin else 0,
+        "twin": painter.weights if settings.has_twin(config.generator.dtype) else 0,
         "trained": (16 if whole else 20) * painter.trained,
         "judge": kept.judge if asks else 0,
-        "reward": kept.reward if settings.rewarded & {"model", "checkpoint"} else 0,
+        "reward": (kept.reward if "model" in settings.rewarded else 0) + kept.terms,
     }
     if whole and settings.keep_base:
         held["base"] = painter.weights
     phases = {
         "painting": painter.painting(rows).bytes,
         "decoding": painter.decoding(rows),
-        "learning": painter.learning(rows).bytes,
+        "learning": painter.learning(learned).bytes,
     }
-    return _need("finetune", painter, held, phases)
+    need = _need("finetune", painter, held, phases)
+    if not settings.algorithm.follows_reward:
+        return need
+    return replace(need, notes=("finetune: the gradient through reward, codec and all steps but one",))
 
 
 def _need(
-    stage: str, painter: Painter, held: dict[str, int], phases: dict[str, int], copies: int = 1, later: int = 0
+    stage: str, painter: Painter, held: dict[str, int], phases: dict[str, int], later: int = 0, waiting: int = 0
 ) -> Need:
     """With text encoders and codec, which are held all the time or only while they are used; so much of what is held
-    comes after prompts were encoded."""
+    comes after prompts were encoded, and so much else waits in main memory."""
     if painter.offloads:
         encoding = max(0, painter.encoders - later)
         phases = {**phases, "encoding": encoding, "decoding": painter.codec + phases["decoding"]}
+        waiting += painter.encoders + painter.codec
     else:
-        held = {**held, "encoders": copies * painter.encoders, "codec": copies * painter.codec}
-    return Need(stage, {name: size for name, size in held.items() if size}, phases)
+        held = {**held, "encoders": painter.encoders, "codec": painter.codec}
+    return Need(stage, {name: size for name, size in held.items() if size}, phases, waiting)
 
 
 def _kept(config: Any, memory: int) -> _Kept:
     found = _Kept()
-    try:
+    with found.noting("judge"):
         found.judge = _judge(config.judge, memory)
-    except Unknown as error:
-        found.notes.append(f"judge: {error}")
-    paths = [term.path for term in config.finetune.mixture.terms if term.type == "checkpoint"]
-    for checkpoint in (config.reward.backbone.checkpoint, *paths):
-        try:
-            found.reward += _weights(checkpoint, getattr(config.reward.backbone, "dtype", "float32"))
-        except Unknown as error:
-            found.notes.append(f"reward: {error}")
+    with found.noting("reward"):
+        backbone = config.reward.backbone
+        found.reward = _weights(backbone.checkpoint, getattr(backbone, "dtype", "float32"))
+        found.trained = _reward_trained(backbone.checkpoint, config.reward.train)
+    for term in config.finetune.mixture.terms:
+        if term.type == "checkpoint":
+            with found.noting("reward"):
+                found.terms += _weights(term.path, "float32")
     return found
+
+
+def _reward_trained(checkpoint: str, how: Any) -> int:
+    """Bytes of the gradients and of AdamW's two moments of what `how` trains of a reward model, in float32."""
+    whole, behind, sides = _numbers(checkpoint)
+    count = {"full": whole, "lora": getattr(how, "rank", 0) * sides, "frozen": (1 - getattr(how, "share", 0)) * behind}
+    return round(12 * count[how.type])
+
+
+@functools.cache
+def _numbers(checkpoint: str) -> tuple[int, int, int]:
+    """Of a reward model's weights: of all; of those behind what reads pictures; of inputs and outputs of its linear
+    layers, which is how many an adapter of rank 1 has."""
+    networks = [part.build() for part in models.geometry.geometry(checkpoint).parts.values()]
+    named = [each for network in networks for each in network.named_parameters()]
+    layers = [one for network in networks for one in network.modules() if isinstance(one, nn.Linear)]
+    return (
+        sum(weight.numel() for _, weight in named),
+        sum(weight.numel() for name, weight in named if not _TOWER.search(name)),
+        sum(layer.in_features + layer.out_features for layer in layers),
+    )
 
 
 def _judge(settings: Any, memory: int) -> int:
@@ -335,14 +409,15 @@ def _share(arguments: Sequence[str]) -> float:
 @functools.cache
 def _weights(checkpoint: str, dtype: str | None = None) -> int:
     """Bytes of all networks at a checkpoint, in `dtype` or as they are kept."""
-    parts = geometry(checkpoint).parts.values()
-    return sum(metering.size(part.build(), getattr(torch, dtype or part.dtype or "float32")) for part in parts)
+    parts = models.geometry.geometry(checkpoint).parts.values()
+    return sum(models.metering.size(part.build(), getattr(torch, dtype or part.dtype or "float32")) for part in parts)
 
 
 def device_memory(processes: int = 1) -> int:
-    """Bytes of the device that this process would work on; processes on a CPU share its memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    """Bytes of the device that this process works on; processes on a CPU share its memory."""
+    device = process_state().device
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total // processes
 
 
@@ -356,19 +431,24 @@ class Remedy:
 
 def remedy(config: Any, stage: str, memory: int, processes: int) -> Remedy:
     """One after another those that make `stage` smaller, the ones that cost least first, until it fits."""
-
-    def of(changed: Any) -> Need:
-        return next(need for need in needs(changed, processes, memory) if need.stage == stage)
-
-    found, chosen = of(config), {}
+    found, chosen = need_of(config, stage, processes, memory), {}
     for name, value, changed in _smaller(config, stage):
         if found.total <= memory:
             break
         tried = changed(config)
-        if (need := of(tried)).total < found.total:
+        if _loads(tried) and (need := need_of(tried, stage, processes, memory)).total < found.total:
             config, found = tried, need
             chosen[name] = value
     return Remedy(tuple(f"{name}={value}" for name, value in chosen.items()), found)
+
+
+def _loads(config: Any) -> bool:
+    """Whether the settings suit one another."""
+    try:
+        type(config).model_validate(config.model_dump(warnings=False))
+    except ValidationError:
+        return False
+    return True
 
 
 def _smaller(config: Any, stage: str) -> Iterator[tuple[str, str, Any]]:
@@ -378,21 +458,31 @@ def _smaller(config: Any, stage: str) -> Iterator[tuple[str, str, Any]]:
     def to(part: str, **values: Any) -> Any:
         return lambda config: config.model_copy(update={part: getattr(config, part).model_copy(update=values)})
 
-    if stage not in ("sample", "finetune", "evaluate"):
+    if stage not in ("sample", "finetune", "evaluate", "invert"):
         return
-    yield "generator.offload", "true", to("generator", offload=True)
+    ours = config.generator.ours
+    if not ours:
+        yield "generator.offload", "true", to("generator", offload=True)
     if stage == "finetune":
         yield "finetune.gradient_checkpointing", "true", to("finetune", gradient_checkpointing=True)
-        if section.updates == 1 and not section.compile:
-            yield "finetune.twin", "false", to("finetune", twin=False)
-    batch = section.batch // 2
+        yield "finetune.twin", "false", to("finetune", twin=False)
+    batch = getattr(section, "batch", 1) // 2
     while batch:
         yield f"{stage}.batch", str(batch), to(stage, batch=batch)
         batch //= 2
-    for name in ("text_dtype", "codec_dtype", "dtype"):
-        yield f"generator.{name}", "bfloat16", to("generator", **{name: "bfloat16"})
+    if not ours:
+        for name in ("text_dtype", "codec_dtype", "dtype"):
+            yield f"generator.{name}", "bfloat16", to("generator", **{name: "bfloat16"})
     if stage == "finetune":
         yield "finetune.dtype", "bfloat16", to("finetune", dtype="bfloat16")
+        if section.lora is None:
+            yield "finetune.keep_base", "false", to("finetune", keep_base=False)
+            yield "finetune.lora", "{}", to("finetune", lora=LoraSettings())
+        rank = section.lora.rank // 2 if section.lora else 0
+        while rank:
+            smaller = section.lora.model_copy(update={"rank": rank})
+            yield "finetune.lora.rank", str(rank), to("finetune", lora=smaller)
+            rank //= 2
     yield "generator.guidance", "1", to("generator", guidance=1.0)
 
 
@@ -400,12 +490,21 @@ def check(config: Any, stage: str, processes: int = 1) -> None:
     """Raises UserError where `stage` needs more than this device has, as far as can be told."""
     memory = device_memory(processes)
     try:
-        found = needs(config, processes, memory)
-    except Unknown:
+        need = need_of(config, stage, processes, memory)
+    except models.geometry.Unknown:
         return
-    for need in found:
-        if need.stage == stage and need.total > memory:
-            raise UserError(told(config, need, memory, processes))
+    if need.total > memory:
+        raise UserError(told(config, need, memory, processes))
+
+
+def fits(stage: str) -> Callable[[Any], None]:
+    """What raises UserError, before any work, where `stage` takes more memory than this machine has."""
+
+    def of(config: Any) -> None:
+        if not config.generator.ours:
+            check(config, stage, process_state().num_processes)
+
+    return of
 
 
 def told(config: Any, need: Need, memory: int, processes: int) -> str:
@@ -423,15 +522,17 @@ def told(config: Any, need: Need, memory: int, processes: int) -> str:
 
 
 def print_needs(found: Sequence[Need], memory: int, console: Console) -> None:
-    """Show a line for each stage: what it holds, the most of its phases, and how much of the device that is."""
-    table = Table("stage", "held, GiB a process", "at once", "total", "of device")
+    """Show a line for each stage: what it holds, the most of its phases, how much of the device that is, and what waits
+    in main memory."""
+    table = Table("stage", "held, GiB a process", "at once", "total", "of device", "waiting")
     for column in table.columns[2:]:
         column.justify = "right"
     for need in found:
         held = ", ".join(f"{name} {_gib(size)}" for name, size in need.held.items())
         phase = max(need.phases, key=need.phases.__getitem__, default=None)
         most = f"{phase} {_gib(need.phases[phase])}" if phase else ""
-        table.add_row(need.stage, held, most, _gib(need.total), f"{100 * need.total / memory:.0f} %")
+        share, waiting = f"{100 * need.total / memory:.0f} %", _gib(need.waiting) if need.waiting else ""
+        table.add_row(need.stage, held, most, _gib(need.total), share, waiting)
     console.print(table)
     for note in dict.fromkeys(note for need in found for note in need.notes):
         console.print(f"not counted: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -443,7 +544,7 @@ def call_seconds(config: Any, speed: float, learning: bool = False) -> float | N
     painter = Painter(config)
     try:
         cost = painter.learning(1) if learning else painter.painting(1)
-    except Unknown:
+    except models.geometry.Unknown:
         return None
     return cost.flops / (SHARE * speed)
 

@@ -1,7 +1,7 @@
 """Which generator paints in a run, and how a diffusers pipeline is loaded and asked."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -33,9 +33,13 @@ class GuidanceConfig(Section):
     def _number_is_scale(cls, given: Any) -> Any:
         return {"scale": given} if isinstance(given, int | float) else given
 
+    @model_validator(mode="after")
+    def _weighs(self) -> Self:
+        self.build()
+        return self
+
     def build(self) -> "Guidance":
-        with told("generator.guidance"):
-            return models.Guidance(**self.model_dump())
+        return models.Guidance(**self.model_dump())
 
 
 class GeneratorConfig(Section):
@@ -66,7 +70,7 @@ class GeneratorConfig(Section):
     text_dtype: Dtype = "float32"
     codec_dtype: Dtype = "float32"
     offload: bool = True
-    cached_prompts: int = Field(512, ge=0)
+    cached_prompts: int = Field(512, ge=1)
     cache: str | None = None
     revision: str | None = None
     variant: str | None = None
@@ -92,6 +96,16 @@ class GeneratorConfig(Section):
         """
         with told("generator"):
             return models.load_generator(self.checkpoint, lora, device, self._options())
+
+    def tuned(self, base: "Generator", lora: Path) -> "Generator":
+        """A second generator beside `base`, which these settings built, with the adapter, or the whole network, in the
+        folder `lora`; it is where `base` is, whose text encoders and codec it shares.
+
+        Raises:
+            UserError: the adapter does not suit it.
+        """
+        with told("generator"):
+            return models.tuned(base, lora)
 
     def _options(self) -> "adapters.Options":
         settings = self.model_dump(exclude={"checkpoint", "guidance", "cache"})

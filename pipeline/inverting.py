@@ -1,11 +1,10 @@
 """How the noise behind a picture is looked for."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import models
-from pipeline.judging import told
 from pipeline.settings import Section
 
 if TYPE_CHECKING:
@@ -32,6 +31,12 @@ class InvertConfig(Section):
     length: float = Field(0.2, ge=0, le=1)
     gamma: float = Field(1.0, gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _has_steps_enough(self) -> Self:
+        self.build()
+        if self.method == "bdia" and self.steps < 2:
+            raise ValueError(f"steps: bdia takes two or more, not {self.steps}")
+        return self
+
     def build(self) -> "Inversion":
-        with told("invert"):
-            return models.Inversion(**self.model_dump(exclude={"steps", "shift"}))
+        return models.Inversion(**self.model_dump(exclude={"steps", "shift"}))

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from models.dit import Conditioning, size_of
+from models.dit import ConditioningKind, size_of
 from models.layers import AttentionKind, MLPKind
 from models.positions import Kind, Scaling
 from pipeline.settings import Section
@@ -64,7 +64,7 @@ class DiTNetwork(_Network):
 
     type: Literal["dit"]
     name: str | None = None
-    conditioning: Conditioning = "cross-attention"
+    conditioning: ConditioningKind = "cross-attention"
 
     @property
     def network(self) -> str:

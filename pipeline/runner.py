@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
@@ -53,11 +53,19 @@ class Interrupted(SystemExit):
 @dataclass(frozen=True)
 class Work:
     """What a stage expects to do: images to make or look at, and seconds on the reference machine, if it did as many
-    operations a second in `dtype`."""
+    operations a second in `dtype`; None where nothing tells. `unknown` names what is not in them."""
 
     images: int = 0
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     dtype: str = "float32"
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, images: int, parts: Mapping[str, float | None], dtype: str = "float32") -> "Work":
+        """Of the seconds of its parts, by name, of which some may be None."""
+        known = sum(seconds for seconds in parts.values() if seconds)
+        unknown = tuple(name for name, seconds in parts.items() if seconds is None)
+        return cls(images, None if unknown and not known else float(known), dtype, unknown)
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,9 @@ def print_plan(found: Sequence[StageState], console: Console, speed: float | Non
     process = process_state()
     todo = [entry for entry in found if entry.state != "reuse"]
 
-    def seconds(work: Work) -> float:
+    def seconds(work: Work) -> float | None:
+        if not work.seconds:
+            return work.seconds
         rate = speed or _speed(process.device, work.dtype)
         return work.seconds * REFERENCE_SPEED / rate / process.num_processes
 
@@ -281,11 +291,16 @@ def print_plan(found: Sequence[StageState], console: Console, speed: float | Non
         column.justify = "right"
     for entry in found:
         work = entry.work if entry in todo else Work()
-        table.add_row(entry.stage.name, entry.state, _count(work.images), _about(seconds(work)))
+        table.add_row(entry.stage.name, entry.state, _count(work.images), _about(seconds(work), work.unknown))
+    unknown = {entry.stage.name: entry.work.unknown for entry in todo if entry.work.unknown}
+    known = [length for entry in todo if (length := seconds(entry.work)) is not None]
     table.columns[0].footer = "total"
     table.columns[2].footer = _count(sum(entry.work.images for entry in todo))
-    table.columns[3].footer = _about(sum(seconds(entry.work) for entry in todo))
+    table.columns[3].footer = _about(sum(known) if known or not todo else None, unknown)
     console.print(table)
+    if unknown:
+        told = "; ".join(f"{stage}: {', '.join(names)}" for stage, names in unknown.items())
+        console.print(f"time not known (?): {told}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_status(found: Sequence[StageState], run_dir: str | Path, console: Console) -> None:
@@ -438,5 +453,7 @@ def _count(number: int) -> str:
     return f"{number:,}" if number else ""
 
 
-def _about(length: float) -> str:
-    return f"~{duration(length)}" if length else ""
+def _about(length: float | None, unknown: Sized = ()) -> str:
+    """With a question mark for what is `unknown`."""
+    known = [f"~{duration(length)}"] if length else []
+    return " + ".join(known + (["?"] if unknown else []))

@@ -168,8 +168,10 @@ def _explain(root: type[Section], error: ErrorDetails) -> tuple[str, str]:
         case "model_type" | "model_attributes_type":
             return field, f"{field}: expected a section, not {_kind(error['input'])}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not field:  # the root's own validators name what they are about
+        return message.partition(":")[0], message
     scalar = not isinstance(error["input"], dict | list)
-    return field, f"{field or 'settings'}: {message}" + (f", not {_kind(error['input'])}" if scalar else "")
+    return field, f"{field}: {message}" + (f", not {_kind(error['input'])}" if scalar else "")
 
 
 def _locate(root: type[Section], location: Sequence[str | int]) -> tuple[list[str], list[Any], list[Any]]:

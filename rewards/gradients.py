@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.codec import same_codec
 from models.generator import Generator
 from rewards.backbones import LatentReward, RewardModel
 from rewards.mixture import Mixture
@@ -59,7 +60,4 @@ class Gradient:
 
 def _has_codec(model: RewardModel, generator: Generator) -> bool:
     """Whether `model` reads latents, and they are the generator's."""
-    if not isinstance(model, LatentReward):
-        return False
-    codec, other = model.codec.state_dict(), generator.codec.state_dict()
-    return codec.keys() == other.keys() and all(torch.equal(codec[name], other[name]) for name in codec)
+    return isinstance(model, LatentReward) and same_codec(model.codec, generator.codec)

@@ -1,30 +1,17 @@
-"""Paths, samplers, positions, the MM-DiT, the codec and the generator around them."""
+"""The native generator: its codec, its folder, its adapters, and parts that do not fit together."""
 
-import math
+import copy
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.embeddings import apply_rotary_emb
 
 from models import lora
 from models.codec import Codec, codec_loss, to_images, to_pixels
+from models.dit import DiT
 from models.generator import NativeGenerator, sample
-from models.keys import sample_key
 from models.loading import load_generator
-from models.mmdit import MMDiT
-from models.paths import endpoints, noised, schedule, velocity
-from models.positions import axial_rope, grid_ids, rotate
 from models.pretrain import FLOW_MATCHING, new_generator
-from models.samplers import SAMPLERS, cps, dance, gaussian_kl, keyed_noise, log_prob, ode, sde
-
-
-@pytest.fixture
-def flow():
-    random = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(4, 3, 8, 8, generator=random) for _ in range(2))
-    return x0, noise
 
 
 @pytest.fixture(scope="module")
@@ -36,125 +23,6 @@ def generator():
     found.transformer.eval().requires_grad_(False)
     found.text_encoder.eval().requires_grad_(False)
     return found
-
-
-def test_the_path_inverts(flow):
-    x0, noise = flow
-    t = torch.tensor([0.0, 0.3, 0.9, 1.0])
-    found_x0, found_noise = endpoints(noised(x0, noise, t), velocity(x0, noise), t)
-    assert torch.allclose(found_x0, x0, atol=1e-6)
-    assert torch.allclose(found_noise, noise, atol=1e-6)
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_schedule_is_the_one_of_diffusers(shift):
-    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
-    theirs.set_timesteps(sigmas=[1 - i / 7 for i in range(7)])
-    assert np.allclose(schedule(7, shift), theirs.sigmas.numpy(), atol=1e-6)
-
-
-def test_schedule_without_steps_is_an_error():
-    with pytest.raises(ValueError, match="steps"):
-        schedule(0)
-
-
-def test_euler_steps_are_those_of_diffusers(flow):
-    x, v = flow
-    theirs = FlowMatchEulerDiscreteScheduler()
-    theirs.set_timesteps(sigmas=[1.0, 0.6, 0.25])
-    mine = x
-    for i, t in enumerate(theirs.timesteps):
-        s = float(theirs.sigmas[i + 1])
-        mine = ode(mine, v, float(theirs.sigmas[i]), s).x
-        x = theirs.step(v, t, x).prev_sample
-    assert torch.allclose(mine, x, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sde", "dance", "cps"])
-@pytest.mark.parametrize("t", [1.0, 0.6])
-def test_without_eta_every_sampler_is_the_ode(flow, name, t):
-    x0, noise = flow
-    x, v = noised(x0, noise, t), velocity(x0, noise)
-    expected = ode(x, v, t, 0.4).x
-    found = SAMPLERS[name](x, v, t, 0.4, 0.0, torch.randn_like(x))
-    assert torch.allclose(found.x, expected, atol=1e-5)
-    assert found.std == 0
-
-
-def test_cps_keeps_the_marginal_exactly_and_the_sdes_in_the_limit():
-    """With the true velocity of one datum, x_s must be (1 - s) x0 + s eps with eps standard normal."""
-    x0 = torch.full((200_000, 1), 0.7)
-    random = torch.Generator().manual_seed(0)
-    noise, fresh = (torch.randn(x0.shape, generator=random) for _ in range(2))
-    for sampler, t, s in ((cps, 0.9, 0.5), (sde, 0.52, 0.5), (dance, 0.52, 0.5)):
-        x = noised(x0, noise, t)
-        exact = (x - x0) / t
-        x_s = sampler(x, exact, t, s, 0.7, fresh).x
-        assert x_s.mean().item() == pytest.approx((1 - s) * 0.7, abs=5e-3)
-        assert x_s.std().item() == pytest.approx(s, abs=8e-3)
-
-
-def test_flow_grpo_step_against_its_formula_written_out(flow):
-    x, v = flow
-    t, s, eta = 0.8, 0.7, 0.5
-    g2 = eta**2 * t / (1 - t)
-    score = -(x - (1 - t) * (x - t * v)) / t**2
-    drift = v - 0.5 * g2 * score
-    found = sde(x, v, t, s, eta, None)
-    assert torch.allclose(found.mean, x + drift * (s - t), atol=1e-5)
-    assert found.std == pytest.approx(math.sqrt(g2 * (t - s)))
-
-
-@pytest.mark.parametrize("t", [1.0, 0.8])
-def test_dance_step_against_its_formula_written_out(flow, t):
-    x, v = flow
-    s, eta = 0.7, 0.5
-    score = -(x - (1 - t) * (x - t * v)) / t**2
-    found = dance(x, v, t, s, eta, None)
-    assert torch.allclose(found.mean, x + (v - 0.5 * eta**2 * score) * (s - t), atol=1e-5)
-    assert found.std == pytest.approx(eta * math.sqrt(t - s))
-
-
-def test_log_prob_is_the_gaussian_of_torch_averaged(flow):
-    x, mean = flow
-    expected = torch.distributions.Normal(mean, 0.3).log_prob(x).flatten(1).mean(1)
-    assert torch.allclose(log_prob(x, mean, 0.3), expected, atol=1e-5)
-    normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(x, 0.3), normal(mean, 0.3)).flatten(1).mean(1)
-    assert torch.allclose(gaussian_kl(x, mean, 0.3), kl, rtol=1e-5)
-
-
-def test_noise_belongs_to_its_key():
-    together = keyed_noise([1, 2, 3], (2, 4))
-    assert torch.equal(together[1], keyed_noise([2], (2, 4))[0])
-    assert sample_key(0, "a", 1) != sample_key(0, "a1")
-
-
-def test_rotation_is_that_of_diffusers_and_keeps_relative_positions():
-    ids = grid_ids(3, 5)
-    angles = axial_rope(ids, 16)
-    x = torch.randn(2, 4, 15, 16, generator=torch.Generator().manual_seed(0))
-    full = torch.cat([angles, angles], -1)
-    theirs = apply_rotary_emb(x, (full.cos(), full.sin()), use_real_unbind_dim=-2)
-    assert torch.allclose(rotate(x, angles.cos(), angles.sin()), theirs, atol=1e-5)
-    moved = axial_rope(ids + torch.tensor([4.0, 7.0]), 16)
-    q, k = x[:1], x[1:]
-    near = rotate(q, angles.cos(), angles.sin()) @ rotate(k, angles.cos(), angles.sin()).transpose(-1, -2)
-    far = rotate(q, moved.cos(), moved.sin()) @ rotate(k, moved.cos(), moved.sin()).transpose(-1, -2)
-    assert torch.allclose(near, far, atol=1e-4)
-    with pytest.raises(ValueError, match="head_dim"):
-        axial_rope(ids, 6)
-
-
-def test_a_new_mmdit_predicts_zero_and_patches_invert():
-    model = MMDiT(width=32, depth=1, heads=1, text_width=32)
-    x = torch.randn(2, 8, 8, 8)
-    assert model(x, torch.rand(2), torch.randn(2, 6, 32)).abs().max() == 0
-    model.patch_in = torch.nn.Identity()
-    model.patch_out = torch.nn.Identity()
-    model.norm_out = torch.nn.Identity()
-    model.blocks = torch.nn.ModuleList()
-    assert torch.equal(model(x, torch.rand(2), torch.randn(2, 6, 32)), x)
 
 
 def test_pictures_and_pixels_invert():
@@ -235,3 +103,36 @@ def test_flow_matching_loss_of_a_new_generator_is_the_variance_of_the_velocity()
     losses = [FLOW_MATCHING.loss(new, latents, ["a"] * 16, 0).item() for _ in range(2)]
     assert losses[0] == pytest.approx(expected, rel=0.03)
     assert losses[0] == losses[1]
+
+
+def test_pictures_of_another_size_are_one_line(generator):
+    with pytest.raises(ValueError, match=r"^images: 40 x 48 pixels, where the generator paints 32 x 32; scale them"):
+        generator.latents(np.zeros((2, 48, 40, 3), dtype=np.uint8))
+
+
+def test_parts_that_do_not_fit_together_are_one_line(generator, tmp_path):
+    channels, width = generator.codec.channels, generator.text_encoder.config.hidden_size
+    wrong = {
+        "codec: its latents have": {"channels": channels + 4, "text_width": width},
+        "transformer: it takes text of width 64": {"channels": channels, "text_width": 64},
+        "transformer: it is told class labels": {"channels": channels, "classes": 5},
+    }
+    for said, settings in wrong.items():
+        generator.save_pretrained(tmp_path)
+        other = DiT(size=8, width=32, depth=1, heads=1, **settings)
+        other.save_pretrained(tmp_path / "transformer")
+        with pytest.raises(ValueError, match=f"^{said}"):
+            load_generator(tmp_path)
+
+
+def test_an_unknown_key_of_the_parametrisation_is_one_line(generator, tmp_path):
+    generator.save_pretrained(tmp_path)
+    (tmp_path / "parametrisation.json").write_text('{"path": "vp", "schedule": "linear"}')
+    with pytest.raises(ValueError, match=r"^parametrisation.json: unknown schedule; known here: path, prediction"):
+        load_generator(tmp_path)
+
+
+@pytest.mark.parametrize("targets", [("attn.nowhere",), ("qkv", "attn.nowhere")])
+def test_a_target_that_is_no_layers_is_one_line(generator, targets):
+    with pytest.raises(ValueError, match=r"^attn[.]nowhere ends the name of no layer of MMDiT"):
+        lora.attach(copy.deepcopy(generator.transformer), targets, 2, 4.0, seed=0)

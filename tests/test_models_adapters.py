@@ -7,6 +7,8 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models import adapters, lora
 from models.adapters.options import Options
 from models.generator import Conditioning, Generator
 from models.guidance import Guidance
-from models.loading import load_generator
+from models.loading import load_generator, tuned
 from models.samplers import keyed_noise, ode
 from tests.tiny_pipelines import FAMILIES, Family
 
@@ -103,6 +107,16 @@ def test_a_time_for_each_row_is_as_good_as_one_for_all(family, made):
             near(together[each], generator.predict(x[each], float(times[row]), cond[each]))
 
 
+@torch.no_grad()
+def test_in_bfloat16_a_network_says_what_it_says_in_float32_but_for_rounding(family, checkpoint, kept):
+    coarse = load_generator(checkpoint, options=chosen(family, dtype="bfloat16"))
+    assert {weight.dtype for weight in coarse.transformer.parameters()} >= {torch.bfloat16}
+    x, cond = keyed_noise([0, 1], kept.latent_shape), kept.encode(PROMPTS)
+    found, expected = (one.predict(x, 0.5, cond) for one in (coarse, kept))
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_a_shift_comes_on_top_of_the_familys_own(generator):
     own, moved = (np.array(generator.times(5, shift)) for shift in (1.0, 3.0))
     assert (np.diff(own) < 0).all()
@@ -129,9 +143,8 @@ def test_an_adapter_trained_here_is_loaded_by_the_pipeline(family, checkpoint, p
     if family.loads_lora:
         pipe.load_lora_weights(tmp_path)
     else:
-        type(generator)(pipe, generator.options).transformer.load_lora_adapter(
-            tmp_path, prefix=generator.lora_prefix, weight_name=lora.WEIGHTS
-        )
+        pipe = load_generator(checkpoint, options=chosen(family)).pipe
+        pipe.transformer.load_lora_adapter(tmp_path, prefix=generator.lora_prefix, weight_name=lora.WEIGHTS)
     near(family.paint(pipe, PROMPTS, noise, STEPS, 1.0, "latent"), tuned)
 
 
@@ -176,6 +189,7 @@ def test_what_the_codec_encodes_is_what_it_decoded(family, generator, monkeypatc
 
 
 def test_latents_are_of_pictures_of_its_size(family, generator):
+    assert generator.pixel_shape == family.size
     height, width = family.size
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
@@ -203,15 +217,21 @@ def test_a_prompt_is_encoded_alike_in_any_company(made, tmp_path, monkeypatch):
     assert same(later.encode(PROMPTS[1:]), cond[1:2])
 
 
+def test_prompts_are_kept_for_others_and_whatever_the_negative_prompt_is(made, tmp_path):
+    made(cache=str(tmp_path)).encode(PROMPTS)
+    made(cache=str(tmp_path), negative=PROMPTS[1]).encode(PROMPTS)
+    kept = list(tmp_path.iterdir())
+    tells = type(made()).__name__ == "SanaGenerator"  # whose negative prompt is encoded in another way
+    assert len(kept) == (2 if not tells else 4)
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in kept} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_features_tell_latents_times_and_prompts_apart(generator):
     x, cond = keyed_noise([0, 0, 0, 1], generator.latent_shape), generator.encode([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2)
-    try:
-        width = generator.feature_width
-    except NotImplementedError:
-        pytest.skip("this family has no features")
     with torch.no_grad():
         found = generator.features(x, torch.tensor([0.5, 0.7, 0.5, 0.5]), cond)
-    assert found.shape == (4, 2, width)
+    assert found.shape == (4, 2, generator.feature_width)
     for other in (1, 2, 3):
         assert (found[0] - found[other]).abs().max() > 1e-4
     assert not generator.transformer._forward_hooks
@@ -276,6 +296,29 @@ def test_a_distilled_network_hears_its_scale(made):
     assert (latents[0] - latents[1]).abs().max() > 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["sd3", "sd15"], indirect=True)
+def test_a_copy_in_float32_asks_in_float32_and_leaves_the_first_as_it_is(family, checkpoint, kept):
+    coarse = load_generator(checkpoint, options=chosen(family, dtype="bfloat16"))
+    exact, x, cond = coarse.in_float32(), keyed_noise([0, 1], kept.latent_shape), kept.encode(PROMPTS)
+    assert (coarse.dtype, exact.dtype, kept.in_float32()) == (torch.bfloat16, torch.float32, kept)
+    away = [(one.predict(x, 0.5, cond) - kept.predict(x, 0.5, cond)).abs().max() for one in (exact, coarse)]
+    assert 0 < away[0] < away[1]  # by the rounding of its weights alone
+    assert exact.frozen == coarse.frozen
+
+
+@pytest.mark.parametrize("family", ["sd3"], indirect=True)
+def test_a_copy_of_shared_weights_takes_none_and_has_an_adapter_of_its_own(generator):
+    other = generator.copied(shared=True)
+    known = {id(weight) for weight in generator.transformer.parameters()}
+    lora.attach(other.transformer, other.lora_targets, rank=2, alpha=4.0, seed=0)
+    own = [weight for weight in other.transformer.parameters() if id(weight) not in known]
+    assert own
+    assert all(weight.requires_grad for weight in own)
+    assert not any(isinstance(module, LoraLayer) for module in generator.transformer.modules())
+    assert not known & {id(weight) for weight in generator.copied().transformer.parameters()}
+
+
 @pytest.mark.parametrize("offload", [True, False])
 @pytest.mark.parametrize("family", ["sd3"], indirect=True)
 def test_what_is_idle_waits_in_main_memory(made, offload, monkeypatch):
@@ -300,3 +343,82 @@ def test_what_is_idle_waits_in_main_memory(made, offload, monkeypatch):
     assert places[generator.codec] == idle
     generator.pixels(latents.requires_grad_())
     assert places[generator.codec] == "cpu:0"  # a gradient will come back to it
+
+
+def test_a_whole_network_takes_the_place_of_the_pipelines(family, checkpoint, kept, made, tmp_path):
+    changed = made()
+    for weight in changed.transformer.parameters():
+        weight.data *= 1.1
+    changed.transformer.save_pretrained(tmp_path)
+    whole = load_generator(checkpoint, tmp_path, options=chosen(family))
+    beside = tuned(kept, tmp_path)
+    for found in (whole, beside):
+        assert getattr(found.pipe, found.network) is found.transformer
+        near(painted(found)[1], painted(changed)[1])
+    assert getattr(kept.pipe, kept.network) is kept.transformer is not beside.transformer
+    assert beside.pipe.config == kept.pipe.config
+
+
+def test_the_network_hears_as_many_tokens_as_the_family_says(family, generator):
+    if generator.max_tokens is None or isinstance(generator, adapters.SD3Generator):
+        return  # CLIP's own number of tokens is not that of the tiny ones
+    assert generator.encode(PROMPTS).tokens.shape[1] == type(generator).text_tokens(generator.max_tokens)
+
+
+def test_published_families_hear_as_many_tokens_as_their_papers_say():
+    found = {name: getattr(adapters, name).text_tokens() for name in ("SD3Generator", "SDXLGenerator", "DiTGenerator")}
+    assert found == {"SD3Generator": 77 + 256, "SDXLGenerator": 77, "DiTGenerator": 0}
+
+
+@pytest.mark.parametrize("family", ["sd15", "dit"], indirect=True)
+def test_a_length_of_prompts_that_nobody_heeds_is_one_line(made):
+    with pytest.raises(ValueError, match=r"^max_tokens: this family's text encoders have one length"):
+        made(max_tokens=8)
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+def test_a_codec_that_overflows_in_float16_is_one_line(made):
+    generator = made()
+    generator.codec.register_to_config(force_upcast=True)
+    type(generator)(generator.pipe, replace(generator.options, codec_dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"^codec_dtype: this codec overflows in float16"):
+        type(generator)(generator.pipe, replace(generator.options, codec_dtype="float16"))
+
+
+@pytest.mark.parametrize("family", ["sd3"], indirect=True)
+def test_a_lora_in_kohyas_names_is_one_of_this_network_and_a_plain_one(generator, checkpoint, family, tmp_path):
+    layer = generator.transformer.transformer_blocks[0].attn.to_q
+    flat = "lora_unet_transformer_blocks_0_attn_to_q"
+    plain = {
+        f"{flat}.lora_down.weight": torch.ones(2, layer.in_features),
+        f"{flat}.lora_up.weight": torch.full((layer.out_features, 2), 0.1),
+        f"{flat}.alpha": torch.tensor(1.0),
+    }
+
+    def merged(tensors: dict[str, Tensor]) -> Tensor:
+        save_file(tensors, tmp_path / lora.WEIGHTS)
+        return load_generator(checkpoint, tmp_path, options=chosen(family)).transformer.transformer_blocks[0].attn.to_q
+
+    near(merged(plain).weight, layer.weight + 0.1)
+    with pytest.raises(ValueError, match=r"^lora: .*transformer_blocks.0.attn.to_q.lora_A.weight fits no layer"):
+        merged({**plain, f"{flat}.lora_down.weight": torch.ones(2, 8)})
+    for others in ({f"{flat}.dora_scale": torch.ones(1)}, {f"{flat}.lora_mid.weight": torch.ones(2, 2)}):
+        with pytest.raises(ValueError, match=f"^lora: {flat} has .*, which is no plain LoRA"):
+            merged({**plain, **others})
+    with pytest.raises(ValueError, match=f"^lora: {flat} has alpha, lora_down.weight, which is no plain LoRA"):
+        merged({key: value for key, value in plain.items() if "up" not in key})
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it is here")
+@pytest.mark.parametrize("family", ["pixart_sigma"], indirect=True)
+def test_a_tokenizer_that_wants_sentencepiece_says_so(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "slow")
+    tokenizer = tmp_path / "slow" / "tokenizer"
+    shutil.rmtree(tokenizer)
+    tokenizer.mkdir()
+    (tokenizer / "spiece.model").write_bytes(b"a model")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    index = tmp_path / "slow" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer": ["transformers", "T5Tokenizer"]}))
+    with pytest.raises(OSError, match=r"slow: a tokenizer in it has no tokenizer.json; .*`pip install sentencepiece`"):
+        load_generator(tmp_path / "slow")

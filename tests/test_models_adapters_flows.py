@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from models import adapters
-from models.adapters.flows import padded, ragged, trimmed
+from models.adapters.flows import normalised, padded, ragged, restored, trimmed
 from models.adapters.options import Options
 from models.generator import Conditioning, Generator
 from models.guidance import Guidance
@@ -135,3 +135,32 @@ def test_sana_with_a_scheduler_of_another_path_is_one_line():
     pipe.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(ValueError, match=r"^scheduler: "):
         generator_of("sana", pipe)
+
+
+def test_sana_is_told_the_whole_steps_that_its_scheduler_counts():
+    pipe = built("sana")
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    generator = generator_of("sana", pipe)
+    x, cond = keyed_noise([0], generator.latent_shape), generator.encode(PROMPTS[:1])
+    for steps in (3, 7, 9):
+        times = generator.times(steps, 1.0)
+        pipe.scheduler.set_timesteps(steps)
+        with torch.no_grad():
+            heard = [generator.heard([generator.transformer.time_embed], x, t, cond) for t in times[:-1]]
+        told = [float(given[0]) for [(given, _)] in heard]
+        assert told == pipe.scheduler.timesteps.tolist()
+
+
+def test_a_scale_of_zero_is_told():
+    pipe = built("flux2")
+    assert generator_of("flux2", pipe, embedded_guidance=0.0).embedded_scale == 0
+    assert generator_of("flux2", pipe, embedded_guidance=None).embedded_scale == 4
+
+
+def test_latents_are_normalised_and_restored_channel_by_channel():
+    z, mean, std = torch.randn(2, 3, 4, 5), [0.5, -1.0, 2.0], torch.tensor([1.0, 2.0, 0.25])
+    found = normalised(z, mean, std)
+    assert torch.allclose(found[:, 1], (z[:, 1] + 1) / 2)
+    assert torch.allclose(restored(found, mean, std), z, atol=1e-6)

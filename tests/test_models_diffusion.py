@@ -2,12 +2,11 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
     DiTPipeline,
@@ -20,19 +19,9 @@ from diffusers import (
 
 from models.adapters.diffusion import Timesteps, preserving
 from models.adapters.options import Options
-from models.guidance import Guidance
 from models.loading import load_generator
-from models.paths import endpoints, ends, like, noised, velocity
-from models.samplers import cps, ddim, keyed_noise, ode
-from pipeline.prompts import PromptRow
-from pipeline.rl import AlgorithmConfig, algorithm_of
-from pipeline.rl.ddpo import DDPOConfig
-from pipeline.rl.nft import NFTConfig
-from pipeline.rl.ppo import PPOConfig
-from pipeline.rl.settings import TrainerSettings
-from pipeline.rl.trainer import Trainer
-from pipeline.runner import process_state
-from tests.geometries import brightness
+from models.paths import endpoints, ends_on_path, like, noised, velocity
+from models.samplers import cps, ddim, ode
 from tests.tiny_pipelines import FAMILIES
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -57,7 +46,7 @@ def asked(timesteps: Timesteps, x_t: torch.Tensor, t: float) -> torch.Tensor:
     times = torch.full((len(x_t),), t)
     point = preserving(times).like(x_t)
     x = x_t * (point.alpha + point.sigma)
-    return velocity(*ends(timesteps.prediction, network(x, timesteps.at(times)), x, point))
+    return velocity(*ends_on_path(timesteps.prediction, network(x, timesteps.at(times)), x, point))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +159,10 @@ def test_a_shift_spends_more_steps_near_the_noise_and_stays_within_training():
         (DDIMScheduler(), "clip_sample would clip latents"),
         (scheduled(thresholding=True), "thresholding would clip latents"),
         (scheduled(rescale_betas_zero_snr=True), "wants prediction_type v_prediction"),
+        (EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True), "use_karras_sigmas spaces noise levels"),
+        (DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True), "use_karras_sigmas spaces noise levels"),
+        (DPMSolverMultistepScheduler(**BETAS, use_exponential_sigmas=True), "use_exponential_sigmas spaces noise"),
+        (DPMSolverMultistepScheduler(**BETAS, use_lu_lambdas=True), "use_lu_lambdas spaces noise levels"),
     ],
 )
 def test_a_scheduler_that_cannot_be_brought_to_the_flow_is_refused(scheduler, said):
@@ -183,70 +176,19 @@ def test_steps_are_as_many_as_there_are_timesteps_at_most(steps):
         Timesteps.of(scheduled()).spaced(steps)
 
 
-PROMPTS = [PromptRow("a red circle above a blue square", "position"), PromptRow("a green square", "colors")]
+@pytest.mark.parametrize(("told", "steps"), [({"steps_offset": 1}, 1000), ({"timestep_spacing": "linspace"}, 1000)])
+def test_two_steps_at_one_timestep_are_refused(told, steps):
+    timesteps = Timesteps.of(scheduled(**told))
+    with pytest.raises(ValueError, match=f"^steps: {steps} with this spacing are at 999 timesteps; take fewer"):
+        timesteps.path(steps, 1.0)
+    assert all(s < t for t, s in pairwise(timesteps.path(500, 1.0)))
+    with pytest.raises(ValueError, match=r"^steps: 500 with this spacing"):
+        Timesteps.of(scheduled()).path(500, 0.1)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Untrained pipelines."""
-    return {name: FAMILIES[name].saved(tmp_path_factory) for name in ("sd15", "dit")}
-
-
-def trainer_of(folder: Path, name: str, algorithm: AlgorithmConfig) -> Trainer:
-    process_state()
-    generator = load_generator(folder, options=Options(resolution=FAMILIES[name].size, guidance=Guidance(2.0)))
-    settings = TrainerSettings(groups=2, group_size=3, steps=4, learning_rate=1e-2)
-    return Trainer(generator, brightness, algorithm_of(algorithm), settings, 0, Accelerator(), measured=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [("sd15", DDPOConfig(sampler="ddim", eta=1.0, least=2)), ("dit", DDPOConfig(sampler="cps", least=2))],
-    ids=["sd15 ddim", "dit cps"],
-)
-def test_ddpo_learns_on_a_model_that_predicts_eps(folders, name, config):
-    trainer, again = (trainer_of(folders[name], name, config) for _ in range(2))
-    before = asked_at_first(trainer)
-    for _ in range(2):
-        told, repeated = trainer.iterate(PROMPTS), again.iterate(PROMPTS)
-        assert told.ratio_error < 1e-4  # each iteration has one update, which is on-policy
-        assert told.grad_norm > 0
-        assert told.groups_dropped == 0
-        assert (told.loss, told.grad_norm) == (repeated.loss, repeated.grad_norm)
-    assert (asked_at_first(trainer) - before).abs().max() > 1e-4
-    with trainer.reference():
-        assert torch.allclose(asked_at_first(trainer), before, atol=1e-5)
-
-
-@torch.no_grad()
-def asked_at_first(trainer: Trainer) -> torch.Tensor:
-    """The velocity at some latents, at the first time."""
-    generator = trainer.generator
-    cond = generator.encode([prompt.text for prompt in PROMPTS])
-    return generator.predict(keyed_noise([0, 1], generator.latent_shape), trainer.times[0], cond)
-
-
-def test_a_critic_reads_a_model_that_predicts_eps(folders):
-    trainer = trainer_of(folders["sd15"], "sd15", PPOConfig(window=2, last_start=1))
-    assert trainer.iterate(PROMPTS).grad_norm > 0
-
-
-def test_pictures_are_noised_no_further_than_where_painting_starts(folders, monkeypatch):
-    trainer, seen = trainer_of(folders["sd15"], "sd15", NFTConfig(draws=4)), []
-    asked = trainer.generator._asked
-
-    def recorded(network, x_t, t, cond):
-        seen.append(torch.as_tensor(t).max())
-        return asked(network, x_t, t, cond)
-
-    monkeypatch.setattr(trainer.generator, "_asked", recorded)
-    assert trainer.iterate(PROMPTS).grad_norm > 0
-    assert max(seen) == pytest.approx(trainer.times[0])
-    assert trainer.times[0] < 0.9
-
-
-def test_labels_are_prompts(folders, tmp_path):
-    generator = load_generator(folders["dit"])
+def test_labels_are_prompts(tmp_path_factory, tmp_path):
+    folder = FAMILIES["dit"].saved(tmp_path_factory)
+    generator = load_generator(folder)
     cond = generator.encode(["a square", " A Green Square", "a red circle above a blue square", ""])
     assert cond.tokens.tolist() == [3, 3, 7, 1000]
     with pytest.raises(ValueError, match=r"^prompts: 'a grean square' is no label .* nearest are a green square"):
@@ -260,4 +202,18 @@ def test_labels_are_prompts(folders, tmp_path):
     with pytest.raises(ValueError, match=r"^checkpoint: model_index.json has no id2label"):
         load_generator(tmp_path)
     with pytest.raises(ValueError, match=r"^resolution: 24 x 16, but a DiT paints squares"):
-        load_generator(folders["dit"], options=Options(resolution=(16, 24)))
+        load_generator(folder, options=Options(resolution=(16, 24)))
+
+
+def test_a_name_of_several_classes_is_refused_and_their_numbers_are_taken(tmp_path_factory, tmp_path):
+    shutil.copytree(FAMILIES["dit"].saved(tmp_path_factory), tmp_path, dirs_exist_ok=True)
+    index = tmp_path / "model_index.json"
+    labels = {"134": "crane", "517": "Crane", "2": "shark, white shark"}
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": labels}))
+    generator = load_generator(tmp_path)
+    assert generator.encode(["134", "517", "White shark"]).tokens.tolist() == [134, 517, 2]
+    generator.check(["shark", "", "134"])
+    with pytest.raises(ValueError, match=r"^prompts: 'crane' is a label of the classes 134, 517; give one"):
+        generator.check(["shark", "crane"])
+    generator.pipe.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["id2label"] == labels

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file, save_file
 
-from models import lora
+from benchmarks.twins import AS_SD3, dit_twin, mmdit_twin, parallel_twin
+from models import geometry, lora, metering
 from models.adapters.options import Options
 from models.dit import DiT, size_of
 from models.generator import NativeGenerator, sample
 from models.layers import CrossAttention, Shape, Stream, attend, patched, unpatched
 from models.loading import load_generator
 from models.mmdit import Block, FusedBlock, MMDiT, ParallelBlock, SingleBlock
-from models.networks import gflops, load_network
+from models.networks import load_network
 from models.positions import Encoding, Place, positions_of
 from models.pretrain import new_generator
 from models.text import language_model, memory, reading_loss
-from tests.twins import AS_SD3, dit_twin, mmdit_twin, parallel_twin
 
 SHAPES = Path("models/checkpoints/shapes")
 SMALL = {"width": 32, "depth": 2, "heads": 2, "text_width": 12}
@@ -127,9 +127,10 @@ PAPER = [
 def test_sizes_are_those_of_the_papers_table(name, changes, gigaflops, millions):
     """2212.09748, table 4: latents of 32 x 32 x 4, a thousand classes."""
     with torch.device("meta"):
-        found = DiT.named(name, classes=1000, **changes)
+        found = DiT(**size_of(name), classes=1000, **changes)
     assert sum(parameter.numel() for parameter in found.parameters()) / 1e6 == pytest.approx(millions, abs=1)
-    assert gflops(found, 0) == pytest.approx(gigaflops, rel=5e-3, abs=5e-3)
+    cost = metering.painted(found, geometry.asked(found, 1, (32, 32), 0))
+    assert cost.flops / 2e9 == pytest.approx(gigaflops, rel=5e-3, abs=5e-3)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -470,3 +471,14 @@ def test_a_checkpoint_of_another_network_is_refused_with_its_keys(folder, tmp_pa
         load_network(written({**weights, "further": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"patch_in\.weight is .*, and .* by the settings"):
         load_network(written({**weights, "patch_in.weight": torch.zeros(3, 2)}))
+
+
+def test_a_new_mmdit_predicts_zero_and_patches_invert():
+    model = MMDiT(width=32, depth=1, heads=1, text_width=32)
+    x = torch.randn(2, 8, 8, 8)
+    assert model(x, torch.rand(2), torch.randn(2, 6, 32)).abs().max() == 0
+    model.patch_in = torch.nn.Identity()
+    model.patch_out = torch.nn.Identity()
+    model.norm_out = torch.nn.Identity()
+    model.blocks = torch.nn.ModuleList()
+    assert torch.equal(model(x, torch.rand(2), torch.randn(2, 6, 32)), x)

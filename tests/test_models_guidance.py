@@ -106,6 +106,23 @@ def test_a_generator_of_ours_is_guided_away_from_its_negative_prompt(generator_f
     assert empty.predict(x, t, cond).isfinite().all()
 
 
+@torch.no_grad()
+def test_a_negative_prompt_is_encoded_once_and_as_others_are(generator_folder):
+    guided_one = load_generator(generator_folder, options=Options(guidance=Guidance(3.0), negative="a blue cross"))
+    asked = []
+    guided_one.text_encoder.register_forward_hook(lambda *_: asked.append(torch.is_autocast_enabled("cpu")))
+    x, cond = torch.zeros(2, *guided_one.latent_shape), guided_one.encode(["a red ring", "red"])
+    with torch.autocast("cpu", torch.bfloat16):
+        for t in (0.9, 0.4):
+            guided_one.predict(x, t, cond)
+    assert asked == [False, False]  # the positive prompts, and the negative one
+    kept = guided_one.encode_negative("a blue cross")
+    assert torch.equal(kept.tokens, guided_one.encode(["a blue cross"]).tokens)
+    guided_one.negative = "a green dot"
+    guided_one.predict(x, 0.9, cond)
+    assert torch.equal(guided_one.encode_negative("a green dot").tokens, guided_one.encode(["a green dot"]).tokens)
+
+
 @pytest.mark.parametrize(
     ("field", "settings"),
     [

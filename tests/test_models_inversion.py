@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler
 
-from models.inversion import Inversion, bdia, bdia_paint, easyinv, invert
+from models.inversion import Inversion, bdia, bdia_paint, easyinv, invert, noise_of
 from models.loading import load_generator
-from models.paths import schedule
+from models.paths import noised, schedule
 from models.samplers import ode, walk
 from tests import vp
 from tests.gaussian import Gaussian
@@ -75,6 +75,27 @@ def test_ddim_inversion_is_that_of_diffusers_on_a_model_of_eps():
 def field(x: torch.Tensor, t: float) -> torch.Tensor:
     """A made-up velocity of a flow."""
     return torch.sin(x + t) - 0.3 * x.flip(-1)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_the_noise_of_a_model_of_eps_is_the_eps_that_it_predicts(iterations):
+    """Where eps is the same everywhere, so that each path is straight; the first time is one of training, below 1."""
+    known, (_, times) = vp.LATENTS.flip(0), inverse()
+
+    def predict(x_t, t):
+        return (known - x_t) / (1 - t)
+
+    assert times[0] < 0.95
+    torch.testing.assert_close(noise_of(predict, vp.LATENTS, times, iterations, vp=True), known)
+
+
+@pytest.mark.parametrize("case", ["flow", "vp"])
+def test_pictures_are_painted_from_their_noise(case):
+    predict, times, on_vp = CASES[case]
+    noise = noise_of(predict, vp.LATENTS, times, 40, on_vp)
+    torch.testing.assert_close(
+        walk(predict, noised(vp.LATENTS, noise, times[0]), times), vp.LATENTS, atol=1e-6, rtol=1e-6
+    )
 
 
 CASES = {"flow": (field, TIMES, False), "vp": (vp.predict, inverse()[1], True)}

@@ -7,7 +7,7 @@ import torch
 
 from models.generator import NativeGenerator, sample
 from models.objectives import Objective
-from models.paths import PATHS, Parametrisation, ends, mixed, predicted
+from models.paths import PATHS, Parametrisation, ends_on_path, on_path, predicted
 from models.pretrain import new_generator
 
 TIMES = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64)
@@ -45,9 +45,9 @@ def test_a_weight_makes_the_errors_of_all_predictions_one(name, kind):
     point = PATHS[name].at(t)
     snr = (point.alpha / point.sigma) ** 2
     (slope,) = torch.autograd.grad(snr.sum(), t, retain_graph=True)
-    x, right = mixed(x0, noise, point), predicted(kind, x0, noise, point)
+    x, right = on_path(x0, noise, point), predicted(kind, x0, noise, point)
     away = (right - wrong).square().mean(1)
-    told_x0, told_noise = ends(kind, wrong, x, point)
+    told_x0, told_noise = ends_on_path(kind, wrong, x, point)
     of_x0, of_eps = (told_x0 - x0).square().mean(1), (told_noise - noise).square().mean(1)
     for weight, expected in (
         ("plain", away),

@@ -2,11 +2,23 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from models.paths import PATHS, Parametrisation, ends, like, mixed, noised, predicted
+from models.paths import (
+    PATHS,
+    Parametrisation,
+    endpoints,
+    ends_on_path,
+    like,
+    noised,
+    on_path,
+    predicted,
+    schedule,
+    velocity,
+)
 from tests.gaussian import SPREAD, Gaussian
 
 TIMES = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
@@ -23,7 +35,7 @@ def both():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prediction_leads_back_to_both_ends(both, name, kind):
     point = PATHS[name].at(TIMES)
-    found = ends(kind, predicted(kind, *both, point), mixed(*both, point), point)
+    found = ends_on_path(kind, predicted(kind, *both, point), on_path(*both, point), point)
     for mine, end in zip(found, both, strict=True):
         torch.testing.assert_close(mine, end, atol=1e-9, rtol=0)
 
@@ -31,7 +43,7 @@ def test_a_prediction_leads_back_to_both_ends(both, name, kind):
 @pytest.mark.parametrize("name", PATHS)
 def test_the_velocity_is_the_derivative_of_the_path(both, name):
     path, step = PATHS[name], 1e-6
-    ahead, behind = (mixed(*both, path.at(TIMES + way * step)) for way in (1, -1))
+    ahead, behind = (on_path(*both, path.at(TIMES + way * step)) for way in (1, -1))
     found = predicted("velocity", *both, path.at(TIMES))
     torch.testing.assert_close(found, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-6)
 
@@ -47,7 +59,7 @@ def test_v_is_the_velocity_in_the_angle_of_a_variance_preserving_path(both):
 @pytest.mark.parametrize("name", PATHS)
 def test_the_score_is_the_gradient_of_the_log_density(both, name):
     x0, point = both[0], PATHS[name].at(TIMES)
-    x = mixed(*both, point).requires_grad_()
+    x = on_path(*both, point).requires_grad_()
     density = torch.distributions.Normal(like(point.alpha, x0) * x0, like(point.sigma, x0))
     (gradient,) = torch.autograd.grad(density.log_prob(x).sum(), x)
     torch.testing.assert_close(predicted("score", *both, point), gradient)
@@ -57,7 +69,7 @@ def test_the_score_is_the_gradient_of_the_log_density(both, name):
 def test_a_path_is_the_flow_in_another_size_and_at_another_time(both, name):
     path = PATHS[name]
     point = path.at(TIMES)
-    on_flow = mixed(*both, point) / like(point.alpha + point.sigma, both[0])
+    on_flow = on_path(*both, point) / like(point.alpha + point.sigma, both[0])
     torch.testing.assert_close(on_flow, noised(*both, point.flow_time))
     torch.testing.assert_close(path.time(point.flow_time), TIMES)
 
@@ -103,3 +115,30 @@ def test_times_fall_from_where_the_path_starts_to_the_data():
 def test_an_unknown_name_is_told_with_those_known(field):
     with pytest.raises(ValueError, match=f"^{field}: unknown none; known here: .*v"):
         Parametrisation(**{field: "none"})
+
+
+@pytest.fixture
+def flow():
+    random = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(4, 3, 8, 8, generator=random) for _ in range(2))
+    return x0, noise
+
+
+def test_the_path_inverts(flow):
+    x0, noise = flow
+    t = torch.tensor([0.0, 0.3, 0.9, 1.0])
+    found_x0, found_noise = endpoints(noised(x0, noise, t), velocity(x0, noise), t)
+    assert torch.allclose(found_x0, x0, atol=1e-6)
+    assert torch.allclose(found_noise, noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_schedule_is_the_one_of_diffusers(shift):
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=[1 - i / 7 for i in range(7)])
+    assert np.allclose(schedule(7, shift), theirs.sigmas.numpy(), atol=1e-6)
+
+
+def test_schedule_without_steps_is_an_error():
+    with pytest.raises(ValueError, match="steps"):
+        schedule(0)

@@ -14,7 +14,6 @@ from models.positions import (
     axial_rope,
     canonical_ids,
     cayley,
-    grid_ids,
     hamilton,
     positions_of,
     rotate,
@@ -86,7 +85,7 @@ def test_the_centre_stays_the_centre_and_both_sides_mirror_each_other(grid, scal
 
 def test_on_the_trained_grid_cells_stand_at_their_numbers():
     expected = torch.tensor([[row, column] for row in range(3) for column in range(5)]).float()
-    assert torch.equal(grid_ids(3, 5), expected)
+    assert torch.equal(canonical_ids((3, 5), (3, 5)), expected)
     assert torch.equal(canonical_ids((3, 5), (3, 5), "extrapolate"), expected)
 
 
@@ -96,7 +95,7 @@ def test_a_finer_grid_covers_what_the_trained_one_did_and_keeps_proportions():
     wide = canonical_ids((4, 16), (4, 4)).view(4, 16, 2)
     assert torch.allclose(wide[1, 0, 0] - wide[0, 0, 0], wide[0, 1, 1] - wide[0, 0, 1])
     more = canonical_ids((6, 6), (4, 4), "extrapolate").view(6, 6, 2)
-    assert torch.equal(more[1:5, 1:5].reshape(-1, 2), grid_ids(4, 4))
+    assert torch.equal(more[1:5, 1:5].reshape(-1, 2), canonical_ids((4, 4), (4, 4)))
 
 
 def test_the_text_stands_at_the_origin_or_on_the_diagonal_beyond_the_corner():
@@ -120,21 +119,38 @@ def test_text_positions_of_msrope_are_those_of_rope_in_one_dimension(heads):
     assert torch.allclose(found, turned_q @ turned_k.mT, atol=1e-4)
 
 
-def test_msrope_is_that_of_qwen_image():
-    """Theirs has a third axis, the frame, whose two pairs come first; the frame of a picture is 0."""
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (5, 6), (4, 7)])
+def test_msrope_is_that_of_qwen_image(grid):
+    """Theirs has a third axis, the frame, whose two pairs come first; the frame of a picture is 0.
+
+    An odd side of theirs reaches half a cell further from where it begins than from where it ends, and ours does not.
+    Offsets are the same where that is so of both sides, and half a cell else.
+    """
     theirs = QwenEmbedRope(10000, [4, 12, 12], scale_rope=True)
-    image, text = theirs([(1, 4, 6)], device=torch.device("cpu"), max_txt_seq_len=5)
-    mine = positions_of("msrope", place((4, 6), theta=10000.0))
-    encoding = mine(mine.ids((4, 6), 5))
-    ours = torch.complex(encoding.cos, encoding.sin)
-    assert torch.allclose(ours[:5], text[:, 2:], atol=1e-5)
-    assert torch.allclose(ours[5:], image[:, 2:], atol=1e-5)
+    image, text = theirs([(1, *grid)], device=torch.device("cpu"), max_txt_seq_len=5)
+    mine = positions_of("msrope", place(grid, theta=10000.0))
+    expected = offsets_of(torch.cat([text, image])[:, 2:])
+    ids, odd = mine.ids(grid, 5), torch.tensor([side % 2 for side in grid])
+    assert torch.allclose(offsets(mine, ids), expected, atol=1e-4) == (odd[0] == odd[1])
+    ids[:5] -= odd[grid.index(max(grid))] / 2
+    ids[5:] -= odd / 2
+    assert torch.allclose(offsets(mine, ids), expected, atol=1e-4)
+
+
+def offsets(positions, ids):
+    encoding = positions(ids)
+    return offsets_of(torch.complex(encoding.cos, encoding.sin))
+
+
+def offsets_of(turns):
+    """(N, N, P) of turns (N, P)."""
+    return turns[:, None] * turns.conj()
 
 
 def test_axial_rope_is_that_of_flux(heads):
     """Flux turns neighbours, and ours are half a head apart."""
     q = heads[0]
-    ids = grid_ids(3, 4)
+    ids = canonical_ids((3, 4), (3, 4))
     cos, sin = FluxPosEmbed(100, [12, 12])(ids)
     neighbours = q.unflatten(-1, (2, -1)).mT.flatten(-2)
     theirs = apply_rotary_emb(neighbours, (cos, sin))
@@ -155,7 +171,7 @@ def test_axial_rope_of_one_axis_is_that_of_transformers(heads):
 
 def test_sines_are_those_of_diffusers():
     theirs = get_2d_sincos_pos_embed(24, (3, 3), base_size=3)
-    assert torch.allclose(sincos(grid_ids(3, 3), 24), theirs.float(), atol=1e-6)
+    assert torch.allclose(sincos(canonical_ids((3, 3), (3, 3)), 24), theirs.float(), atol=1e-6)
 
 
 def test_learned_positions_are_those_of_the_cells_and_linear_between_them():
@@ -173,7 +189,7 @@ def test_what_is_added_reaches_the_image_tokens_alone():
     positions = positions_of("sincos", place())
     x = torch.zeros(2, 16, 48)
     found = positions(positions.ids((4, 4), 5)).add(x)
-    assert torch.equal(found[0], sincos(grid_ids(4, 4), 48))
+    assert torch.equal(found[0], sincos(canonical_ids((4, 4), (4, 4)), 48))
 
 
 @pytest.mark.parametrize("axes", [2, 3])
@@ -257,3 +273,19 @@ def test_any_grid_can_be_asked_for_and_gradients_reach_what_is_learned(heads, ki
 def test_what_cannot_be_is_named(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         positions_of(kind, place(**changes))
+
+
+def test_rotation_is_that_of_diffusers_and_keeps_relative_positions():
+    ids = canonical_ids((3, 5), (3, 5))
+    angles = axial_rope(ids, 16)
+    x = torch.randn(2, 4, 15, 16, generator=torch.Generator().manual_seed(0))
+    full = torch.cat([angles, angles], -1)
+    theirs = apply_rotary_emb(x, (full.cos(), full.sin()), use_real_unbind_dim=-2)
+    assert torch.allclose(rotate(x, angles.cos(), angles.sin()), theirs, atol=1e-5)
+    moved = axial_rope(ids + torch.tensor([4.0, 7.0]), 16)
+    q, k = x[:1], x[1:]
+    near = rotate(q, angles.cos(), angles.sin()) @ rotate(k, angles.cos(), angles.sin()).transpose(-1, -2)
+    far = rotate(q, moved.cos(), moved.sin()) @ rotate(k, moved.cos(), moved.sin()).transpose(-1, -2)
+    assert torch.allclose(near, far, atol=1e-4)
+    with pytest.raises(ValueError, match="head_dim"):
+        axial_rope(ids, 6)

@@ -10,28 +10,32 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
 
 from models.generator import sample
 from models.keys import sample_key
 from models.loading import load_generator
-from models.paths import noised, schedule
+from models.paths import Parametrisation, noised, velocity
 from models.samplers import (
     SAMPLERS,
     SOLVERS,
     STOCHASTIC,
     Seen,
     calls,
+    cps,
+    dance,
     ddim,
     ddpm,
     dpm2m,
+    gaussian_kl,
     keyed_noise,
     log_prob,
     ode,
+    sde,
     walk,
 )
-from pipeline.rl.rollout import Plan, rollout
 from tests.gaussian import SPREAD, Gaussian
 from tests.vp import LATENTS, eps, flow_time, predict, size
 
@@ -226,6 +230,33 @@ def test_after_a_first_step_from_pure_noise_dpm_solver_has_nothing_to_extrapolat
     assert seen.t == 0.8
 
 
+def sanas(steps: int) -> list[float]:
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.tolist()
+
+
+@pytest.mark.parametrize("steps", [4, 10, 40])
+@pytest.mark.parametrize("times", [Parametrisation("flow", "eps").times, Parametrisation("flow", "score").times, sanas])
+def test_a_first_step_from_a_little_below_one_is_as_noisy_as_one_from_one(times, steps):
+    """Paths of eps and score start at 0.995, Sana's at 0.9997. The velocity is that to one datum."""
+    t, s, *_ = times(steps) if times is sanas else times(steps, 1.0)
+    assert 0.99 < t < 1
+    x0, noise, fresh = (one[None] for one in torch.eye(3, dtype=torch.float64))
+    found = sde(noised(x0, noise, t), noise - x0, t, s, 0.7, fresh)
+    signal, old, new = found.x[0].tolist()
+    assert signal == pytest.approx(1 - s)
+    assert math.hypot(old, new) == pytest.approx(s, abs=0.15)
+    assert 0.4 < new < 0.7
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.3])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_eta_is_between_0_and_1(name, eta):
+    with pytest.raises(ValueError, match=f"^eta: {eta} is not between 0 and 1"):
+        walk(field, LATENTS, [1.0, 0.0], name, eta)
+
+
 def test_an_unknown_sampler_is_told_with_those_known():
     with pytest.raises(ValueError, match=r"^sampler: unknown euler; known here: ode, .*dpm2m"):
         walk(field, LATENTS, [1.0, 0.0], "euler")
@@ -244,16 +275,80 @@ def test_pictures_belong_to_their_keys_whatever_the_sampler(generator_folder, na
         assert any(not np.array_equal(image, other) for image, other in zip(whole, plain, strict=True))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_a_rollout_without_noise_is_painted_by_its_solver(generator_folder, name):
-    generator = load_generator(generator_folder)
-    cond = generator.encode(["a red ring", "a blue cross"])
-    plan = Plan.ode(tuple(schedule(4)), siblings=2, solver=name)
-    found = rollout(generator, generator.predict, cond, ["p", "q"], (0,), plan, batch=3).latents
-    keys = [sample_key(0, prompt, sibling, "start") for prompt in ("p", "q") for sibling in range(2)]
-    twice = cond.repeated(2)
-    with torch.no_grad():
-        expected = walk(
-            lambda x, t: generator.predict(x, t, twice), keyed_noise(keys, generator.latent_shape), schedule(4), name
-        )
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+@pytest.fixture
+def flow():
+    random = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(4, 3, 8, 8, generator=random) for _ in range(2))
+    return x0, noise
+
+
+def test_euler_steps_are_those_of_diffusers(flow):
+    x, v = flow
+    theirs = FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(sigmas=[1.0, 0.6, 0.25])
+    mine = x
+    for i, t in enumerate(theirs.timesteps):
+        s = float(theirs.sigmas[i + 1])
+        mine = ode(mine, v, float(theirs.sigmas[i]), s).x
+        x = theirs.step(v, t, x).prev_sample
+    assert torch.allclose(mine, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sde", "dance", "cps"])
+@pytest.mark.parametrize("t", [1.0, 0.6])
+def test_without_eta_every_sampler_is_the_ode(flow, name, t):
+    x0, noise = flow
+    x, v = noised(x0, noise, t), velocity(x0, noise)
+    expected = ode(x, v, t, 0.4).x
+    found = SAMPLERS[name](x, v, t, 0.4, 0.0, torch.randn_like(x))
+    assert torch.allclose(found.x, expected, atol=1e-5)
+    assert found.std == 0
+
+
+def test_cps_keeps_the_marginal_exactly_and_the_sdes_in_the_limit():
+    """With the true velocity of one datum, x_s must be (1 - s) x0 + s eps with eps standard normal."""
+    x0 = torch.full((200_000, 1), 0.7)
+    random = torch.Generator().manual_seed(0)
+    noise, fresh = (torch.randn(x0.shape, generator=random) for _ in range(2))
+    for sampler, t, s in ((cps, 0.9, 0.5), (sde, 0.52, 0.5), (dance, 0.52, 0.5)):
+        x = noised(x0, noise, t)
+        exact = (x - x0) / t
+        x_s = sampler(x, exact, t, s, 0.7, fresh).x
+        assert x_s.mean().item() == pytest.approx((1 - s) * 0.7, abs=5e-3)
+        assert x_s.std().item() == pytest.approx(s, abs=8e-3)
+
+
+def test_flow_grpo_step_against_its_formula_written_out(flow):
+    x, v = flow
+    t, s, eta = 0.8, 0.7, 0.5
+    g2 = eta**2 * t / (1 - t)
+    score = -(x - (1 - t) * (x - t * v)) / t**2
+    drift = v - 0.5 * g2 * score
+    found = sde(x, v, t, s, eta, None)
+    assert torch.allclose(found.mean, x + drift * (s - t), atol=1e-5)
+    assert found.std == pytest.approx(math.sqrt(g2 * (t - s)))
+
+
+@pytest.mark.parametrize("t", [1.0, 0.8])
+def test_dance_step_against_its_formula_written_out(flow, t):
+    x, v = flow
+    s, eta = 0.7, 0.5
+    score = -(x - (1 - t) * (x - t * v)) / t**2
+    found = dance(x, v, t, s, eta, None)
+    assert torch.allclose(found.mean, x + (v - 0.5 * eta**2 * score) * (s - t), atol=1e-5)
+    assert found.std == pytest.approx(eta * math.sqrt(t - s))
+
+
+def test_log_prob_is_the_gaussian_of_torch_averaged(flow):
+    x, mean = flow
+    expected = torch.distributions.Normal(mean, 0.3).log_prob(x).flatten(1).mean(1)
+    assert torch.allclose(log_prob(x, mean, 0.3), expected, atol=1e-5)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(x, 0.3), normal(mean, 0.3)).flatten(1).mean(1)
+    assert torch.allclose(gaussian_kl(x, mean, 0.3), kl, rtol=1e-5)
+
+
+def test_noise_belongs_to_its_key():
+    together = keyed_noise([1, 2, 3], (2, 4))
+    assert torch.equal(together[1], keyed_noise([2], (2, 4))[0])
+    assert sample_key(0, "a", 1) != sample_key(0, "a1")

@@ -64,6 +64,7 @@ def test_the_table_has_a_row_a_variant_and_a_column_a_size(config, tmp_path):
             assert found["interval"][0] <= found["gold"] <= found["interval"][1]
             assert found["images"] == 6
     assert rows["axial"]["parameters"] > rows["dit"]["parameters"] > 0
+    assert rows["fused"]["text_parameters"] > 0
     assert rows["fused"]["gflops"] < rows["axial"]["gflops"]
     assert rows["dit"]["network"]["conditioning"] == "in-context"
 
@@ -85,6 +86,27 @@ def test_what_is_done_is_not_trained_again_and_what_is_new_is(config, tmp_path, 
     assert table(tmp_path)["variants"]["axial"] == before
     pretrain(config(variants=two, batch=5))
     assert len(trained) == 4
+
+
+def test_what_is_measured_is_measured_once_and_trains_nothing_anew(config, tmp_path, monkeypatch):
+    trained, asked = [], []
+
+    def watched(*given):
+        trained.append(given)
+        return flow.train_flow(*given)
+
+    def counted(generator, images):
+        asked.append((generator.size, images))
+        return measured(generator, images)
+
+    monkeypatch.setattr(ablation, "train_flow", watched)
+    monkeypatch.setattr(ablation, "measured", counted)
+    one = {"variants": {"axial": VARIANTS["axial"]}}
+    for changes in ({"sides": [32]}, {"sides": [32, 48]}, {"sides": [32], "images": 12}, {"sides": [32, 48]}):
+        pretrain(config(**one, **changes))
+    assert len(trained) == 1
+    assert asked == [((8, 8), 6), ((12, 12), 6), ((8, 8), 12)]
+    assert set(table(tmp_path)["variants"]["axial"]["gold"]) == {"32", "48"}
 
 
 def test_a_variant_that_was_cut_off_ends_as_it_would_have(config, tmp_path, monkeypatch):
@@ -152,6 +174,7 @@ def test_a_language_model_reads_first_and_is_then_frozen(config, tmp_path):
         ({"variants": {}}, "variants"),
         ({"sides": [36]}, "sides: 36 pixels are no multiple of 8"),
         ({"width": 40}, "width: 40 is no multiple of 32"),
+        ({"codec": "nowhere"}, "codec: nowhere: holds no codec"),
     ],
 )
 def test_settings_that_cannot_be_are_named(config, changes, message):
@@ -168,6 +191,6 @@ def test_the_shipped_ablations_can_be_read(path):
 def test_a_job_builds_the_network_that_its_settings_name():
     named = {"type": "dit", "name": "DiT-S/4", "conditioning": "adaln-zero", "positions": "sincos"}
     job = GeneratorJob.model_validate_json(json.dumps({"type": "generator", "network": named}))
-    found = job.check(job.network)
+    found = job.check(job.network, job.codec.empty())
     assert (found.config.width, found.config.depth, found.config.heads, found.config.patch) == (384, 12, 6, 4)
     assert all(parameter.device == torch.device("meta") for parameter in found.parameters())

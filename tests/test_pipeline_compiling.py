@@ -21,7 +21,9 @@ def test_a_compiled_module_computes_the_same_and_keeps_its_parameters():
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
     expected, names = module(x), list(module.state_dict())
-    compiling.compile_module(module, torch.device("cpu"))
+    if not compiling.compile_module(module, torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+    assert module._compiled_call_impl is not None
     assert torch.allclose(module(x), expected, atol=1e-6)
     assert list(module.state_dict()) == names
 

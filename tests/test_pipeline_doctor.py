@@ -23,6 +23,7 @@ from models.samplers import SAMPLERS
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.doctoring import forecast, learning, policy, reward, sampling
+from pipeline.doctoring import subject as subjects
 from pipeline.doctoring.check import Check
 from pipeline.doctoring.subject import examined, flat, gradients
 from pipeline.runner import Context, process_state
@@ -31,6 +32,7 @@ from pipeline.store import Artifact
 from pipeline.verbs import doctor as verb
 from pipeline.verbs.doctor import CHECKS
 from rewards.reward import ModelReward, Rewards
+from tests.tiny_pipelines import FAMILIES
 
 HOME = Path(__file__).parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
@@ -69,6 +71,45 @@ def test_other_algorithms_are_examined_too(config, folder, kind):
     assert False not in found.values()
     assert found[policy.RATIO] is (True if kind == "ppo" else None)
     assert found[policy.KL]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_weights_are_examined_in_float32_but_for_their_ratio(config_at, folder, tmp_path_factory, dtype):
+    generator = {"checkpoint": str(FAMILIES["sd3"].saved(tmp_path_factory)), "resolution": 32, "max_tokens": 12}
+    path = config_at(f"coarse-{dtype}", generator={**generator, "dtype": "bfloat16"})
+    other = examine(load(Config, path, [f"finetune.dtype={dtype}"]), folder)
+    assert (other.generator.dtype, other.own.dtype) == (torch.float32, torch.bfloat16)
+    found = {check.name: check for check in (one(replace(other)) for one in CHECKS)}
+    assert not [check for check in found.values() if check.ok is False]
+    assert {name for name, check in found.items() if check.ok is None} == {learning.RANKS, policy.TWIN}
+    assert "bfloat16, against" in found[policy.LOW].about
+    assert forecast.memory(other, forecast.measured(other)).ok
+
+
+def test_where_float32_weights_have_no_room_only_ratios_are_examined(config_at, folder, tmp_path_factory, monkeypatch):
+    generator = {"checkpoint": str(FAMILIES["sd3"].saved(tmp_path_factory)), "resolution": 32, "max_tokens": 12}
+    config = load(Config, config_at("crowded", generator={**generator, "dtype": "bfloat16"}))
+    assert examine(config, folder).exact
+    monkeypatch.setattr(subjects, "device_memory", lambda ranks: 2**20)
+    other = examine(config, folder)
+    found = {check.name: check.ok for check in verb.diagnosed(other)}
+    assert found == {
+        policy.RATIO: True,
+        policy.LOW: True,
+        "checks in float32": None,
+        forecast.MEMORY: True,
+        forecast.TIME: True,
+    }
+
+
+def test_copies_share_the_weights_that_nobody_trains(subject, config, folder):
+    known = {id(weight) for weight in subject.generator.transformer.parameters()}
+    trainer = subject.trainer()
+    assert {id(weight) for weight in trainer.tuned.parameters() if not weight.requires_grad} == known
+    assert not known & {id(weight) for weight in trainer.plain.parameters()}
+    whole = examine(load(Config, folder / "examined.yaml", ["finetune.lora=null"]), folder)
+    known = {id(weight) for weight in whole.generator.transformer.parameters()}
+    assert not known & {id(weight) for weight in whole.trainer().tuned.parameters()}
 
 
 def kl_without_a_gradient(monkeypatch):

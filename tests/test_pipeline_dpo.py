@@ -1,6 +1,7 @@
 """Direct preference optimisation: pairs, loss and gradient, the known optimum of a Gaussian, resumed training."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from models.loading import load_generator
-from models.paths import schedule
+from models.paths import endpoints, schedule
 from models.samplers import cps, log_prob
 from pipeline.prompts import PromptRow, ShapesPrompts, draw_key
 from pipeline.rl import algorithm_of
@@ -16,7 +17,7 @@ from pipeline.rl.algorithm import Velocities
 from pipeline.rl.d3po import D3PO, D3POConfig
 from pipeline.rl.dpo import DPO, DPOConfig, Pairs, best_and_worst
 from pipeline.rl.preferred import Preferences
-from pipeline.rl.raft import RAFT, RAFTConfig
+from pipeline.rl.raft import RAFT, Chosen, RAFTConfig
 from pipeline.rl.rollout import Plan, Rollout
 from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.trainer import Trainer
@@ -63,6 +64,41 @@ def test_at_the_reference_the_loss_is_log_2_and_its_gradient_goes_from_loser_to_
     # d/dv of -log sigma(z) at z = 0 is beta / 4 of that of the errors' difference.
     towards = 8.0 / 4 * 2 * (reference - pairs.target) / 12
     torch.testing.assert_close(found, torch.stack([towards[:, 0], -towards[:, 1]], 1))
+
+
+def test_on_a_variance_preserving_path_losses_are_of_eps():
+    pairs = pairs_of()
+    single = Chosen(pairs.x_t[:, 0], pairs.t, pairs.prompt, pairs.target[:, 0])
+    cases = [(DPO(DPOConfig(beta=3.0, kl=0.5)), pairs), (RAFT(RAFTConfig(kl=0.5)), single)]
+    for algorithm, examples in cases:
+        policy, reference = (normal(*examples.x_t.shape) for _ in range(2))
+        eps = [endpoints(examples.x_t, v, examples.t)[1] for v in (policy, reference, examples.target)]
+        of_eps = replace(examples, target=eps[2])
+        expected = algorithm.loss(of_eps, Velocities(*eps[:2]))
+        found = algorithm.loss(examples, Velocities(policy, reference, counts=(1 - examples.t) ** 2))
+        torch.testing.assert_close(found.total, expected.total)
+        torch.testing.assert_close(found.kl, expected.kl)
+
+
+@pytest.mark.parametrize("vp", [True, False])
+def test_the_trainer_tells_how_velocities_count(generator_folder, vp):
+    generator, seen = load_generator(generator_folder), []
+    generator.vp = vp
+    trainer = trainer_of(generator, RAFTConfig())
+    asked = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda examples, v: (seen.append((examples.t, v.counts)), asked(examples, v))[1]
+    trainer.iterate(prompts_at(trainer, 0))
+    assert seen
+    for t, counts in seen:
+        torch.testing.assert_close(counts, (1 - t) ** 2 if vp else 1.0)
+
+
+@pytest.mark.parametrize("config", [DPOConfig(), D3POConfig()], ids=["dpo", "d3po"])
+def test_a_pair_is_two_rows_of_a_call(generator_folder, config):
+    trainer, rows = trainer_of(load_generator(generator_folder), config, batch=5), []
+    trainer.tuned.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    trainer.iterate(prompts_at(trainer, 0))
+    assert max(rows) == 4
 
 
 def test_both_pictures_of_a_pair_are_asked_about_at_their_time_and_prompt():

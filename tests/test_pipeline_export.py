@@ -5,12 +5,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.torch import load_file
 
 import pipeline
@@ -113,10 +115,17 @@ def test_the_card_has_the_figures_of_the_summary_and_no_place_on_this_machine(ru
         assert "type: grpo" in card
         assert "iterations: 4" in card
         assert str(run.parent) not in card
+        assert "without classifier-free guidance" not in card
         assert json.loads((folder / "summary.json").read_text()) == numbers
         assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
         for path in folder.rglob("*.json"):
             assert str(run.parent) not in path.read_text()
+
+
+def test_the_card_says_where_a_base_was_painted_without_guidance(run, tmp_path):
+    config, stages = load(Config, run / "config.yaml", ["generator.guidance=1"]), (run / "finetune", run / "evaluate")
+    verb.Job(config, run, "diffusers", *map(Artifact, stages), Artifact(tmp_path / "card")).write()
+    assert "without classifier-free guidance" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_an_export_stands_until_the_run_changes(run, exported, capsys):
@@ -133,8 +142,9 @@ def test_bad_input_is_one_line_and_nothing_is_lost(run, tmp_path):
     assert (tmp_path / "note.txt").read_text() == "mine"
     with pytest.raises(UserError, match="--format: unknown onnx; known here: diffusers, comfyui, merged"):
         cli.export(run, "onnx")
-    with pytest.raises(UserError, match=r"--push: .*write owner/name"):
-        cli.export(run, "diffusers", push="not a repository")
+    for name in ("not a repository", "painter"):
+        with pytest.raises(UserError, match=r"--push: .*write owner/name"):
+            cli.export(run, "diffusers", push=name)
     with pytest.raises(UserError, match=r"config.yaml: No such file"):
         cli.export(tmp_path, "diffusers")
 
@@ -162,13 +172,27 @@ def test_a_push_goes_to_a_private_repository(run, exported, monkeypatch, capsys)
     assert "https://hub/somebody/painter" in capsys.readouterr().out
 
 
-def test_a_hub_that_refuses_is_one_line(run, exported, monkeypatch):
+def answer(status):
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return HfHubHTTPError(f"{status} from the hub\n\nmore of it", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (answer(403), "403 from the hub; `hf auth login` with a token that may write, and try again"),
+        (answer(503), "503 from the hub; try again"),
+        (LocalTokenNotFoundError("a token is missing"), "a token is missing; `hf auth login` with"),
+        (OSError(28, "No space left on device"), r"\[Errno 28\] No space left on device; try again"),
+    ],
+)
+def test_what_the_hub_does_not_take_is_one_line(run, exported, error, line, monkeypatch):
     def refuse(self, repo, **settings):
-        raise OSError("401 Unauthorized")
+        raise error
 
     monkeypatch.setattr(Hub, "create_repo", refuse)
     monkeypatch.setattr(verb, "HfApi", Hub)
-    with pytest.raises(UserError, match="--push: somebody/painter: 401 Unauthorized; `hf auth login`"):
+    with pytest.raises(UserError, match=f"^--push: somebody/painter: {line}"):
         cli.export(run, "diffusers", push="somebody/painter")
 
 

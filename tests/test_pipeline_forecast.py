@@ -1,12 +1,15 @@
 """What a forecast says is what is true of small models, what is published of large ones, and what its remedies do."""
 
+import json
 import re
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 import pipeline
@@ -17,12 +20,17 @@ from pipeline import cli, forecast
 from pipeline.config import Config
 from pipeline.doctoring.forecast import Saved
 from pipeline.settings import UserError, load
+from pipeline.stages.evaluate import EVALUATE
+from pipeline.stages.finetune import FINETUNE
+from pipeline.stages.judge import JUDGE
+from pipeline.stages.sample import SAMPLE
 from tests.tiny_pipelines import FAMILIES
 
 HOME = Path(__file__).parent.parent
 CONFIGS = sorted(
     path for path in (HOME / "configs").glob("*.yaml") if (SHIPPED / path.with_suffix(".json").name).is_file()
 )
+LEARNED = ("grpo", "dpo", "d3po", "draft")
 CARDS = re.compile(r"^# ([\d x]+?)(?: GB)? {2,}(.+)$", re.MULTILINE)
 
 PUBLISHED = {
@@ -99,6 +107,33 @@ def test_what_learning_takes_on_the_meta_device_is_what_autograd_keeps(generator
     assert saved.most < forecasted < 1.6 * saved.most
 
 
+REPEATS = {
+    "stabilityai/stable-diffusion-3.5-medium": {"num_layers": 11, "dual_attention_layers": (0, 1, 2, 3, 4)},
+    "black-forest-labs/FLUX.1-dev": {"num_layers": 5, "num_single_layers": 6},
+}
+
+
+@pytest.mark.parametrize("repo", REPEATS)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_that_are_alike_are_counted_without_running_all(repo, checkpointed, monkeypatch):
+    part = geometry(repo).network
+    config = {**part.config, **REPEATS[repo], "num_attention_heads": 1, "caption_projection_dim": 64}
+    network = Part(part.kind, config).build()
+    with torch.device("meta"):
+        lora.attach(network, ("attn.to_q",), rank=4, alpha=4, seed=0)
+    if checkpointed:
+        network.enable_gradient_checkpointing()
+    given, calls = asked(network, 2, (8, 8), 16), []
+    lists = [found for found in network.children() if isinstance(found, nn.ModuleList)]
+    for block in [block for blocks in lists for block in blocks]:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    short = metering.painted(network, given), metering.learned(network, given)
+    few = len(calls)
+    monkeypatch.setattr(metering, "_RUN", 100)
+    assert (metering.painted(network, given), metering.learned(network, given)) == short
+    assert few < len(calls) - few
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_called_as_it_wants_to_be_and_rows_add_up(name):
     pipe = FAMILIES[name].build()
@@ -127,7 +162,7 @@ def medium():
     """SD3.5-Medium as somebody would try it first."""
     wasteful = [
         *("finetune.gradient_checkpointing=false", "finetune.batch=32"),
-        *("finetune.twin=true", "generator.offload=false"),
+        *("generator.dtype=float32", "generator.offload=false"),
     ]
     return lambda *more: load(Config, HOME / "configs" / "sd35_medium.yaml", [*wasteful, *more])
 
@@ -159,6 +194,13 @@ def test_each_setting_takes_away_what_it_is_for(medium):
     assert finetune(medium("finetune.watch.judge=true")).total > whole.total
 
 
+def test_a_pair_is_two_rows_and_what_follows_the_reward_is_told(medium):
+    kinds = {kind: finetune(medium("finetune.batch=1", f"finetune.algorithm={{type: {kind}}}")) for kind in LEARNED}
+    one = kinds["grpo"].phases["learning"]
+    assert kinds["dpo"].phases["learning"] == kinds["d3po"].phases["learning"] == pytest.approx(2 * one, rel=0.01)
+    assert [kind for kind, need in kinds.items() if need.notes] == ["draft"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_can_be_read_for_all_cards_that_they_name(path):
     assert set(cards(path)) == {"24", "80", "8 x 80"}
@@ -169,7 +211,45 @@ def test_the_configs_can_be_read_for_all_cards_that_they_name(path):
             assert forecast.Painter(config).weights > 0.9 * int(card) * forecast.GIB
 
 
-@pytest.mark.parametrize("name", ["sd35_medium", "sana"])  # the larger ones take a minute each
+OWN = {
+    "name",
+    "generator.checkpoint",
+    "generator.guidance",
+    "generator.resolution",
+    "sample.batch",
+    "sample.steps",
+    "evaluate.batch",
+    "evaluate.steps",
+    "judge.model.checkpoint",
+    "reward.backbone.checkpoint",
+    "reward.backbone.processor",
+    "finetune.algorithm.clip",
+    "finetune.algorithm.eta",
+    "finetune.algorithm.kl",
+    "finetune.algorithm.sampler",
+    "finetune.batch",
+    "finetune.learning_rate",
+    "finetune.lora.alpha",
+    "finetune.lora.rank",
+    "finetune.steps",
+    "finetune.watch.judge",
+}
+"""Settings in which the shipped configs may differ; a change of any other is one of all of them."""
+
+
+def test_the_configs_differ_only_where_they_may():
+    def settings(node, way=()):
+        if not isinstance(node, dict):
+            return {".".join(way): node}
+        return {name: value for key, each in node.items() for name, value in settings(each, (*way, key)).items()}
+
+    told = [settings(yaml.safe_load(path.read_text())) for path in CONFIGS]
+    names = {name for each in told for name in each}
+    differing = {name for name in names if len({json.dumps(each.get(name)) for each in told}) > 1}
+    assert differing == OWN
+
+
+@pytest.mark.parametrize("name", ["sd35_medium", "sana"])  # seven would take more than half a minute
 def test_the_configs_fit_the_cards_that_they_name(name):
     path = HOME / "configs" / f"{name}.yaml"
     for card, command in cards(path).items():
@@ -177,6 +257,69 @@ def test_the_configs_fit_the_cards_that_they_name(name):
         config = load(Config, path, overrides(command))
         for need in forecast.needs(config, 8 if card.startswith("8") else 1, room):
             assert need.total < room, (card, need)
+
+
+def test_what_is_proposed_suits_the_other_settings(config_at):
+    """A generator of ours takes no dtype, and what the watch or a KL asks keeps the base."""
+    whole = {"lora": None, "learning_rate": 1e-4}
+    watched, alone = {}, {"watch": None, "algorithm": {"type": "grpo", "last_start": 1, "kl": 0.0}}
+    for name, more in (("watched", watched), ("alone", alone)):
+        path = config_at(name, finetune={**whole, **more})
+        found = forecast.remedy(load(Config, path), "finetune", 1, 1).settings
+        assert not [setting for setting in found if setting.startswith("generator.")]
+        assert ("finetune.keep_base=false" in found) == (name == "alone")
+        assert load(Config, path, found)
+    assert "finetune.lora" in [name for name, *_ in forecast._smaller(load(Config, path), "finetune")]
+    large = load(Config, config_at("adapter", finetune={"lora": {"rank": 64}}))
+    assert "finetune.lora.rank=1" in forecast.remedy(large, "finetune", 1, 1).settings
+
+
+def test_rewards_that_are_checkpoints_are_no_part_of_training_one(config_at, judge_folder):
+    one = {"type": "checkpoint", "path": str(judge_folder / "itm")}
+    needs = {}
+    for name, reward in (("model", "model"), ("other", {"terms": [one]})):
+        config = load(Config, config_at(f"rewarded-by-{name}", finetune={"reward": reward}))
+        needs[name] = {need.stage: need.held for need in forecast.needs(config, 1, 2**40)}
+    assert needs["model"]["reward"] == needs["other"]["reward"]
+    weights = needs["model"]["reward"]["reward"]
+    assert needs["model"]["finetune"]["reward"] == needs["other"]["finetune"]["reward"] == weights
+    assert 0 < needs["model"]["reward"]["trained"] < 3 * weights
+    full = load(Config, config_at("full", reward={"train": {"type": "full"}}))
+    held = next(need.held for need in forecast.needs(full, 1, 2**40) if need.stage == "reward")
+    assert held["trained"] == pytest.approx(3 * weights, rel=0.01)  # buffers have no gradient
+
+
+def test_a_family_that_is_not_supported_is_bad_input(tmp_path, config_at):
+    folder = tmp_path / "kandinsky"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    path = config_at("unsupported", generator={"checkpoint": str(folder)})
+    for verb in (lambda: cli.plan(path, []), lambda: pipeline.run(path)):
+        with pytest.raises(UserError, match=r"generator\.checkpoint: .* is a KandinskyPipeline; supported are DiT"):
+            verb()
+
+
+def test_what_nobody_measured_is_no_number(config_at, capsys):
+    asked = {"type": "chat", "checkpoint": "Qwen/Qwen2.5-VL-3B-Instruct"}
+    path = config_at("unmeasured")
+    cli.plan(path, [])
+    assert "?" not in capsys.readouterr().out
+    known = FINETUNE.work(load(Config, path)).seconds
+    assert EVALUATE.work(load(Config, path, [f"judge.model={json.dumps(asked)}"])).unknown == ("the judge",)
+    shown = load(Config, path, [f"judge.model={json.dumps(asked)}", "generator.checkpoint=nobody/nothing"])
+    assert JUDGE.work(shown).seconds is None
+    assert SAMPLE.work(shown).seconds is None
+    assert FINETUNE.work(shown).seconds is None
+    heun = load(Config, path, ["finetune.algorithm={type: nft, sampler: heun}", "finetune.watch=null"])
+    euler = load(Config, path, ["finetune.algorithm={type: nft}", "finetune.watch=null"])
+    steps = euler.finetune.steps
+    assert FINETUNE.work(heun).seconds == pytest.approx(FINETUNE.work(euler).seconds * (2 * steps - 1) / steps)
+    assert known > 0
+
+
+def test_a_device_that_is_not_used_is_not_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert forecast.device_memory(2) == psutil.virtual_memory().total // 2
 
 
 def test_a_plan_needs_no_network_and_refuses_what_does_not_fit(monkeypatch, capsys):

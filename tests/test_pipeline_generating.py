@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -65,14 +64,16 @@ def test_guidance_is_a_number_or_a_section(sd3, config_at):
     assert generator.latent_shape == (4, 8, 12)
     with pytest.raises(SettingsError, match=r"generator\.guidance\.scale: .*greater than or equal to 1"):
         load(Config, path, ["generator.guidance={scale: 0.5}"])
-    with pytest.raises(UserError, match=r"^generator\.guidance\.low: "):
-        load(Config, path, ["generator.guidance={scale: 4, low: 0.5, high: 0.2}"]).generator.build("cpu")
+    for wrong in ("{scale: 4, low: 0.5, high: 0.2}", "{scale: 2, least: 3}"):
+        with pytest.raises(SettingsError, match=r"generator\.guidance: (low|least): "):
+            load(Config, path, [f"generator.guidance={wrong}"])
 
 
 def test_a_generator_of_ours_paints_at_the_resolution_that_is_set(generator_folder):
     for resolution, cells in ((None, (8, 8)), (48, (12, 12)), ((32, 48), (8, 12))):
         generator = GeneratorConfig(checkpoint=str(generator_folder), resolution=resolution).build("cpu")
         assert generator.latent_shape == (8, *cells)
+        assert generator.pixel_shape == tuple(4 * side for side in cells)
 
 
 def test_what_does_not_suit_the_checkpoint_names_the_setting(sd3, generator_folder):
@@ -161,7 +162,45 @@ def test_an_adapter_on_bfloat16_weights_learns_in_float32(sd3):
     trainer = trainer_of(sd3, GRPOConfig(last_start=1), dtype="bfloat16")
     assert trainer.tuned.proj_out.weight.dtype == torch.bfloat16
     assert {weight.dtype for weight in trainer.trained} == {torch.float32}
-    assert np.isfinite(trainer.iterate(PROMPTS).loss)
+    assert trainer.iterate(PROMPTS).ratio_error < 1e-6
+
+
+@pytest.mark.parametrize("algorithm", [GRPOConfig(last_start=1), NFTConfig()], ids=["grpo", "nft"])
+def test_what_rolls_out_is_what_learns_whatever_the_weights_are(sd3, algorithm, monkeypatch):
+    """After a few steps, of which bfloat16 weights that an adapter is merged into would keep half."""
+    coarse, exact = (trainer_of(sd3, algorithm, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert coarse.plain is coarse.tuned
+    assert exact.plain is not exact.tuned
+    for trainer in (coarse, exact):
+        seen = []
+
+        def loss(examples, v, asked=trainer.algorithm.loss, seen=seen):
+            found = asked(examples, v)
+            seen.append((v.policy - v.old).abs().max() if v.old is not None else found.ratio_error.max())
+            return found
+
+        monkeypatch.setattr(trainer.algorithm, "loss", loss)
+        for _ in range(3):
+            trainer.iterate(PROMPTS)
+        assert max(seen) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"twin": True}, r"finetune\.twin: merged into bfloat16 weights an adapter is lost .*; set it to null, or "),
+        ({"lora": None}, r"generator\.dtype: full fine-tuning trains these weights.*; set it to float32, and "),
+        ({"compile": True}, r"finetune\.compile: .* beside bfloat16 weights there is none; set it to false, or "),
+        ({"updates": 2}, r"finetune\.twin: .* set generator\.dtype to float32, or finetune\.updates to 1"),
+    ],
+)
+def test_what_coarse_weights_cannot_do_is_refused_by_the_settings_and_the_trainer(sd3, config_at, settings, line):
+    with pytest.raises(UserError, match=f"^{line}"):
+        trainer_of(sd3, NFTConfig(), dtype="bfloat16", **settings)
+    path = config_at("coarse", generator={"checkpoint": str(sd3)}, finetune={"algorithm": {"type": "nft"}, **settings})
+    load(Config, path)
+    with pytest.raises(SettingsError, match=f"^command line: {line}" if "generator" in line[:12] else f": {line}"):
+        load(Config, path, ["generator.dtype=bfloat16"])
 
 
 def test_targets_of_the_adapter_are_a_setting(sd3):

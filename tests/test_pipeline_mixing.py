@@ -144,11 +144,14 @@ def test_a_plain_name_is_that_term_alone_and_both_forms_come_back_from_yaml(conf
 
 
 def test_the_fingerprint_follows_what_a_refresh_depends_on(config_of):
-    def depends(**changes) -> dict:
-        config = load(Config, config_of("depends", **changes))
+    def depends(*overrides, **changes) -> dict:
+        config = load(Config, config_of("depends", **changes), overrides)
         return FINETUNE_STAGE.depends(config)
 
     assert depends() == depends()
+    assert depends() == depends("sample.batch=7")
+    for change in ("steps=9", "shift=2", "sampler=heun", "eta=0.1"):
+        assert depends() != depends(f"sample.{change}")
     assert depends(refresh={**REFRESH, "replay": 0.25}) != depends()
     assert depends(refresh=None) != depends()
 

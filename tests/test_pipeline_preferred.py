@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import pipeline
 from pipeline.config import Config
@@ -60,10 +59,7 @@ def test_the_watch_looks_at_an_offline_run(run_at):
 class Wide:
     """A generator of pictures that are wider than those of the embedded world."""
 
-    latent_shape, device = (8, 8, 12), "cpu"
-
-    def pixels(self, latents):
-        return torch.zeros(1, 3, 32, 48)
+    pixel_shape = 32, 48
 
 
 def test_pairs_of_another_size_are_refused(run_at, folder):

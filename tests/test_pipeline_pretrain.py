@@ -2,7 +2,9 @@
 
 import json
 import random
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,17 +16,15 @@ from judges.shapes.grammar import parse, sample_prompt
 from judges.shapes.oracle import follows
 from judges.shapes.render import render, scene_of
 from models import load_generator, sample
-from models.codec import to_images, to_pixels
+from models.codec import Identity, load_codec, new_vae, same_codec, to_images, to_pixels
 from models.paths import Parametrisation
-from pipeline.settings import load
+from pipeline.settings import SettingsError, UserError, load
 from pipeline.stages.flow import captions_of
-from pipeline.stages.pretrain import PretrainConfig, pretrain, repainted
+from pipeline.stages.pretrain import GeneratorJob, PretrainConfig, pretrain, repainted
 from rewards.backbones import QFormerReward
 
 JOBS = {
     "generator": {
-        "codec_steps": 2,
-        "decoder_steps": 2,
         "pictures": 8,
         "width": 32,
         "depth": 1,
@@ -36,6 +36,9 @@ JOBS = {
     "judge": {"width": 32, "queries": 2, "batch": 4, "vision_steps": 2, "matching_steps": 2, "answering_steps": 2},
 }
 
+MEANING = {"codec_steps": 2, "decoder_steps": 2}
+"""Of the codec that a generator has by default."""
+
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
@@ -44,7 +47,8 @@ def published(tmp_path_factory):
     def run(kind, name="", **changes):
         name = name or kind
         path = folder / f"{name}.yaml"
-        job = {"type": kind, **JOBS[kind], **changes}
+        codec = MEANING if kind == "generator" and "codec" not in changes else {}
+        job = {"type": kind, **JOBS[kind], **codec, **changes}
         settings = {"name": name, "out": str(folder / "runs"), "publish": str(folder / name), "job": job}
         path.write_text(yaml.safe_dump(settings))
         pretrain(load(PretrainConfig, path))
@@ -68,6 +72,69 @@ def test_a_generator_of_diffusion_keeps_what_it_predicts_and_on_which_path(publi
     assert generator.parametrisation == Parametrisation("vp", "eps")
     image = next(iter(sample(generator, ["a red ring"], [0], steps=2)))
     assert image.shape == (32, 32, 3)
+
+
+def test_a_generator_is_published_on_a_vae_of_its_own_and_a_second_call_trains_no_further(published):
+    codec = {"type": "vae", "channels": 3, "widths": [8, 8], "steps": 2, "batch": 4}
+    folder = published("generator", "vae", codec=codec)
+    generator = load_generator(folder)
+    assert generator.latent_shape == (3, 16, 16)
+    assert next(iter(sample(generator, ["a red ring"], [0], steps=2))).shape == (32, 32, 3)
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder / "codec")
+    assert theirs.config.scaling_factor != 1
+    new = new_vae(3, (8, 8), 0).autoencoder
+    assert any(not torch.equal(*both) for both in zip(theirs.parameters(), new.parameters(), strict=True))
+    (weights,) = (folder / "codec").glob("*.safetensors")
+    before = weights.read_bytes()
+    assert (published("generator", "vae", codec=codec) / "codec" / weights.name).read_bytes() == before
+
+
+def test_a_generator_is_published_on_pixels(published):
+    generator = load_generator(published("generator", "identity", codec={"type": "identity"}))
+    assert isinstance(generator.codec, Identity)
+    assert generator.latent_shape == (3, 32, 32)
+    assert next(iter(sample(generator, ["a red ring"], [0], steps=2))).shape == (32, 32, 3)
+
+
+def test_a_generator_is_published_on_a_codec_that_is_there(published, tmp_path):
+    new_vae(2, (8, 8, 8), 1).save_pretrained(tmp_path / "vae")
+    generator = load_generator(published("generator", "folder", codec={"type": "folder", "path": str(tmp_path)}))
+    assert generator.latent_shape == (2, 8, 8)
+    assert same_codec(generator.codec, load_codec(tmp_path / "vae"))
+    assert next(iter(sample(generator, ["a red ring"], [0], steps=2))).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": {"type": "folder", "path": "nowhere"}}, r"job\.codec\.path: nowhere: holds no codec"),
+        (
+            {"codec": {"type": "folder", "path": "judges/checkpoints/shapes/vqa"}},
+            r"job\.codec\.path: codec: .*known here",
+        ),
+        ({"codec": {"type": "vqgan"}}, r"job\.codec\.type: unknown vqgan; .*vae"),
+        ({"codec": {"type": "vae", "widths": [8, 12]}}, "widths: 12 is no multiple of 8"),
+        ({"codec": {"type": "vae", "widths": [8] * 7}}, "codec: its cells are of 64 pixels a side"),
+        ({"codec": {"type": "vae"}, "meaning": 0.2}, "meaning: is of the codec of type meaning, not of vae"),
+    ],
+)
+def test_a_codec_that_cannot_be_is_named_before_anything_is_trained(published, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        published("generator", "wrong", **changes)
+
+
+def test_a_codec_without_its_weights_is_one_line(published, tmp_path):
+    new_vae(2, (8, 8), 0).save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"job: .*holds no weights"):
+        published("generator", "weightless", codec={"type": "folder", "path": str(tmp_path)})
+
+
+def test_the_published_recipe_of_the_shipped_generator_can_be_read():
+    recipe = yaml.safe_load(Path("models/checkpoints/shapes/pretrain.yaml").read_text(encoding="utf-8"))
+    job = GeneratorJob.model_validate({name: value for name, value in recipe.items() if name != "seed"})
+    assert job.codec.type == "meaning"
+    assert job.codec_steps == recipe["codec_steps"]
 
 
 def test_a_judge_is_published_in_both_forms_and_a_second_call_trains_no_further(published):

@@ -5,13 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import pipeline
-from benchmarks.scale import Link, Machine, Tuning, iteration, shards_in_turns
+from benchmarks.scale import Link, Machine, Tuning, iteration, shards_in_turns, shared_steps
+from models.loading import load_generator
+from models.paths import schedule
+from pipeline.rl.grpo import GRPO, GRPOConfig
+from pipeline.rl.rollout import rollout
 from pipeline.settings import UserError
 from pipeline.store import Artifact
 
@@ -61,6 +66,30 @@ def test_one_process_does_all_the_work():
     rollouts = 48 * (3 + 24 * 7)
     lessons = 48 * (1 + 24 * 2)
     assert iteration(TUNING, MACHINE, 1).seconds == pytest.approx(rollouts + 3 * lessons + 0.1 * 48 * 24)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_calls_and_lessons_are_those_of_a_rollout(generator_folder, first):
+    generator, times = load_generator(generator_folder), tuple(schedule(4, 1.0))
+    algorithm = GRPO(GRPOConfig(window=2, last_start=1))
+    plan = replace(algorithm.rollout_plan(0, 0, times, 5), start=first)
+    rows = []
+    hook = generator.transformer.register_forward_hook(lambda module, given, made: rows.append(len(made)))
+    with torch.no_grad():
+        cond = generator.encode(["a red ring", "a blue cross"])
+    rolled = rollout(generator, generator.predict, cond, ["one", "two"], (0,), plan, 64)
+    hook.remove()
+    lessons = algorithm.examples(rolled, torch.randn(2, 5), ["one", "two"], (0,))
+    shape = {"groups": 2, "siblings": 5, "steps": 4, "learned": 2, "updates": 1, "trained": 1, "terms": 1}
+    model = Tuning(**shape, shared=shared_steps(plan))
+    assert sum(rows) == 2 * model.calls(5)
+    assert sum(map(len, lessons)) == 2 * model.lessons(5)
+
+
+def test_siblings_that_part_little_by_little_are_refused():
+    plan = GRPO(GRPOConfig(window=2, fans=(2, 2))).rollout_plan(0, 0, tuple(schedule(8, 1.0)), 4)
+    with pytest.raises(UserError, match=r"finetune\.algorithm\.fans: "):
+        shared_steps(plan)
 
 
 def test_whole_groups_scale_without_loss_and_shared_ones_repeat_their_prefix():

@@ -22,7 +22,8 @@ from pipeline.pictures import pictures_of
 from pipeline.runner import Interrupted, states
 from pipeline.settings import SettingsError, UserError, load
 from pipeline.stages import STAGES, prefer
-from pipeline.store import Artifact, read_rows, write_rows
+from pipeline.stages.finetune import FINETUNE
+from pipeline.store import Artifact, fingerprint, read_rows, write_rows
 
 HOME = Path(__file__).parent.parent
 SHAPES = ("circle", "square", "triangle", "ring", "star")
@@ -246,6 +247,13 @@ def test_what_a_table_cannot_give_is_one_line(config_for, good, pictures_folder)
     rows = [*(own(k, prompt) for k, prompt in enumerate(PROMPTS)), own(0, "a red ring", image_a="large.png")]
     mixed = write(pictures_folder / "mixed.jsonl", rows)
     assert "48 x 48 pixels, the reward model reads 32 x 32" in refusal(mixed, "prefer", "reward")
+
+
+@pytest.mark.parametrize("change", ["generator.resolution=48", "prompts={type: geneval}", "seed=7"])
+def test_what_is_tuned_on_a_table_depends_on_the_generator_too(config_for, good, change):
+    path = config_for("fingerprints", good)
+    before, after = (FINETUNE.depends(load(Config, path, changes)) for changes in ([], [change]))
+    assert fingerprint(before) != fingerprint(after)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil
 
-from models.codec import to_images, to_pixels
+from judges.shapes.grammar import vocabulary
+from models.codec import new_vae, to_images, to_pixels
 from models.loading import load_generator
+from models.pretrain import new_generator
 from models.text import word_tokenizer
 from rewards.backbones import LatentReward, QFormerReward
 from rewards.backbones.processor import RewardProcessor
@@ -54,6 +56,25 @@ def test_a_latent_reward_of_the_same_codec_decodes_nothing_and_of_another_does(g
     rated = reward(list(generator.decode(latents)), WORLD).values
     np.testing.assert_allclose(decoded, rated, atol=0.02)
     assert (decoded - direct).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_latents_of_another_scale_are_decoded(tmp_path, latents):
+    sizes = {"size": 32, "width": 32, "depth": 1, "text_depth": 1, "max_tokens": 12, "seed": 0}
+    new_generator(vocabulary(), **sizes, codec=new_vae(8, (8, 8, 8), 0)).save_pretrained(tmp_path)
+    generator, reward = load_generator(tmp_path), ModelReward(LatentReward.from_checkpoint(tmp_path), temperature=0.1)
+    direct = Gradient(mixture_of(reward), generator)(latents, WORLD)
+    torch.testing.assert_close(direct, reward.model.score_latents(latents, 0.0, generator.encode(WORLD)).mean / 0.1)
+    generator.codec.autoencoder.register_to_config(scaling_factor=2.0)
+    decoded = Gradient(mixture_of(reward), generator)(latents, WORLD)
+    pixels = generator.codec.decode(latents).clamp(-1, 1)
+    torch.testing.assert_close(decoded, reward.value(reward.model.look(pixels), WORLD))
+    assert (decoded - direct).abs().max() > 1e-3
+
+
+def test_pictures_of_another_size_are_refused(generator, rewards):
+    with pytest.raises(ValueError, match=r"reward: .*image: 48 x 32 pixels, the reward model reads 32 x 32"):
+        Gradient(mixture_of(rewards["latent"]), generator.at((32, 48)))
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ A family's file names its pipeline and says how a prompt is encoded (`encoded`) 
 """
 
 import contextlib
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -20,10 +22,13 @@ from torch import Tensor, nn
 
 from models.adapters.options import Options
 from models.adapters.prompts import PromptCache
-from models.codec import to_images, to_pixels
+from models.codec import to_images
 from models.generator import Conditioning, Generator, sides
 from models.guidance import Guidance, guided
 from models.paths import shifted
+
+CLIP_TOKENS = 77
+"""To which CLIP's prompts are cut and padded."""
 
 
 class DiffusersGenerator(Generator):
@@ -39,7 +44,8 @@ class DiffusersGenerator(Generator):
         network: the name of the pipeline's part that is tuned.
         text_parts: the names of its text encoders.
         loading: what the pipeline is told when it is loaded, such as which of its parts stay away.
-        scale, max_tokens: what None stands for in `Options`, as are the properties `default_...`.
+        scale, max_tokens: what None stands for in `Options`, as are the properties `default_...`. Without `max_tokens`
+            the family's text encoders have one length.
 
     Raises:
         ValueError: an option does not suit the family; the message begins with the option's name.
@@ -54,7 +60,6 @@ class DiffusersGenerator(Generator):
 
     def __init__(self, pipe: DiffusionPipeline, options: Options):
         self.pipe, self.options = pipe, options
-        self.transformer = getattr(pipe, self.network)
         self.codec: nn.Module = pipe.vae
         self.text_encoders = [part for name in self.text_parts if (part := getattr(pipe, name)) is not None]
         self.lora_prefix = self.network
@@ -62,18 +67,43 @@ class DiffusersGenerator(Generator):
         self.guidance = options.guidance or Guidance(self.scale)
         if options.embedded_guidance is not None and self.default_embedded_scale is None:
             raise ValueError("embedded_guidance: this network is told none; set guidance, or leave it out")
-        self.embedded_scale = options.embedded_guidance or self.default_embedded_scale
+        if options.max_tokens is not None and self.max_tokens is None:
+            raise ValueError("max_tokens: this family's text encoders have one length; leave it out")
+        if options.codec_dtype == "float16" and self.codec.config.get("force_upcast"):
+            raise ValueError("codec_dtype: this codec overflows in float16; take float32 or bfloat16")
+        told = options.embedded_guidance
+        self.embedded_scale = self.default_embedded_scale if told is None else told
         self.max_tokens = options.max_tokens or self.max_tokens
         self.height, self.width = sides(options.resolution or self.default_resolution, self.cell * self.patch)
         for module in (self.transformer, *self.frozen):
             module.eval().requires_grad_(False)
         self.codec.enable_slicing()  # a picture does not depend on its batch
-        self._known = PromptCache(self._encoded_alone, self.max_tokens, options)
+        self._known = PromptCache(self.manner, options)
 
     @classmethod
     def targets(cls, network: nn.Module) -> tuple[str, ...]:
         """The `lora_targets` of a generator with that network."""
         return cls.lora_targets
+
+    @classmethod
+    def text_tokens(cls, max_tokens: int | None = None) -> int:
+        """How many tokens of text the network hears at most, of prompts that are cut to `max_tokens`."""
+        return max_tokens or cls.max_tokens or CLIP_TOKENS
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The pipeline's part that is tuned. Another one makes it another pipeline, which shares the other parts."""
+        return getattr(self.pipe, self.network)
+
+    @transformer.setter
+    def transformer(self, network: nn.Module) -> None:
+        self.pipe = copy.copy(self.pipe)
+        vars(self.pipe)[self.network] = network  # the index keeps the name that diffusers knows the class by
+
+    @property
+    def manner(self) -> list[Any]:
+        """All that a prompt's conditioning depends on, besides the prompt and the text encoders' weights."""
+        return [self.max_tokens, self.options.text_dtype]
 
     @property
     def default_resolution(self) -> int:
@@ -99,6 +129,10 @@ class DiffusersGenerator(Generator):
         return self.codec.config.latent_channels, self.height // self.cell, self.width // self.cell
 
     @property
+    def pixel_shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the network's tokens."""
         return self.height // self.cell // self.patch, self.width // self.cell // self.patch
@@ -122,20 +156,27 @@ class DiffusersGenerator(Generator):
             module.to("cpu" if self.options.offload else device)
         return self
 
+    def in_float32(self) -> Self:
+        other = super().in_float32()
+        if other is not self:
+            other.options = replace(self.options, dtype="float32")
+        return other
+
     @abstractmethod
     def encoded(self, prompts: list[str]) -> Conditioning:
         """What prompts become, by the pipeline's text encoders, which are on the device; a row each, of one length."""
 
     @abstractmethod
     def asked(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
-        """The velocity at `x_t` (B, ...) and `times` (B,) by `network`, without classifier-free guidance.
+        """What `network` predicts at `x_t` (B, ...) and `times` (B,) of its own path, which is the flow's velocity, or
+        in a `DiffusionGenerator` what that says; without classifier-free guidance.
 
         `x_t` and `cond` have the dtype of the network's weights, `times` are float32.
         """
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """A prompt is encoded alone and once: its row depends on nothing else."""
-        return Conditioning.joined(self._known(prompts)).map(lambda values: values.to(self.device))
+        return Conditioning.joined(self._known(prompts, self._encoded_alone)).map(lambda values: values.to(self.device))
 
     @torch.no_grad()
     def _encoded_alone(self, prompts: Sequence[str]) -> Iterator[Conditioning]:
@@ -146,18 +187,23 @@ class DiffusersGenerator(Generator):
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
         """With classifier-free guidance, both predictions in one batch."""
-        predict = partial(self._asked, network)
+        predict = partial(self._unguided, network)
         if not self.guidance.needs_negative:
             return predict(x_t, t, cond)
-        negative = self.encode([self.options.negative]).repeated(len(x_t))
+        negative = self.encode_negative(self.options.negative).repeated(len(x_t))
         return guided(predict, x_t, t, cond, negative, self.guidance.at(t), self.adjusted)
 
     adjusted = None
     """What a family makes of a guided prediction and its positive one, see `models.guidance.guided`."""
 
-    def _asked(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-        dtype = getattr(torch, self.options.dtype)
+    def _unguided(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """The flow's velocity at `x_t` (B, ...) and `t`, a float or (B,), without classifier-free guidance."""
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+        return self._predicted(network, x_t, times, cond)
+
+    def _predicted(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+        """What is `asked` in the dtype of the network's weights, in that of `x_t`."""
+        dtype = getattr(torch, self.options.dtype)
         told = cond.map(lambda values: values.to(dtype) if values.is_floating_point() else values)
         return self.asked(network, x_t.to(dtype), times, told).to(x_t.dtype)
 
@@ -198,12 +244,7 @@ class DiffusersGenerator(Generator):
     @torch.no_grad()
     def latents(self, images: np.ndarray) -> Tensor:
         """The mean of the codec's latents (B, ...) of pictures, uint8 (B, H, W, 3)."""
-        pixels = to_pixels(images).to(self.device)
-        if pixels.shape[-2:] != (self.height, self.width):
-            raise ValueError(
-                f"images: {pixels.shape[-1]} x {pixels.shape[-2]} pixels, where the generator paints "
-                f"{self.width} x {self.height}; scale them"
-            )
+        pixels = self.to_pixels(images)
         with self._awake(self.codec):
             return self.compressed(pixels).to(pixels.dtype)
 
@@ -240,7 +281,7 @@ class DiffusersGenerator(Generator):
 
         hooks = [module.register_forward_hook(keep) for module in modules]
         try:
-            self._asked(self.transformer, x_t, t, cond)
+            self._unguided(self.transformer, x_t, t, cond)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -6,8 +6,8 @@ alpha = (1 - t) / |(1 - t, t)| and sigma = t / |(1 - t, t)|. A timestep of train
 thus has its time on the flow.
 
 Euler's step of the flow then is DDIM's with eta 0 (2010.02502, equation 13). All paths end at the data: a scheduler's
-`set_alpha_to_one: false`, by which DDIM stops at the noise of timestep 0, is left out, and so are noise levels that are
-not spaced in timesteps (Karras').
+`set_alpha_to_one: false`, by which DDIM stops at the noise of timestep 0, is left out. Noise levels that are not spaced
+in timesteps (Karras', exponential, beta, Lu's) are refused.
 """
 
 from abc import abstractmethod
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from models.adapters.base import DiffusersGenerator
 from models.adapters.options import Options
 from models.generator import Conditioning
-from models.paths import Point, Prediction, ends, shifted, velocity
+from models.paths import Point, Prediction, ends_on_path, shifted, velocity
 
 Spacing = Literal["leading", "linspace", "trailing"]
+_NOT_IN_TIMESTEPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -59,6 +60,12 @@ class Timesteps:
                     f"scheduler: {clip} would clip latents, which are not bounded; set it to false in "
                     "scheduler/scheduler_config.json"
                 )
+        for spaced in _NOT_IN_TIMESTEPS:
+            if config.get(spaced):
+                raise ValueError(
+                    f"scheduler: {spaced} spaces noise levels in another way than timesteps; set it to false in "
+                    "scheduler/scheduler_config.json"
+                )
         signal = scheduler.alphas_cumprod.double()
         alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
         times = (sigma / (alpha + sigma)).float()
@@ -89,10 +96,15 @@ class Timesteps:
         return np.minimum(found, len(self) - 1)[::-1]
 
     def path(self, steps: int, shift: float) -> list[float]:
-        """The flow's times of `steps` timesteps, and 0; a `shift` other than 1 moves what lies between them and T."""
+        """The flow's times of `steps` timesteps, and 0; a `shift` other than 1 moves what lies between them and T.
+
+        Raises ValueError where two steps would be at one timestep.
+        """
         found = self.spaced(steps)
         if shift != 1:
             found = np.array([len(self) * shifted((k + 1) / len(self), shift) - 1 for k in found]).clip(min=0)
+        if (different := len(np.unique(found))) < steps:
+            raise ValueError(f"steps: {steps} with this spacing are at {different} timesteps; take fewer")
         return [*np.interp(found, np.arange(len(self)), self.times.numpy()).tolist(), 0.0]
 
     def at(self, t: Tensor) -> Tensor:
@@ -132,19 +144,19 @@ class DiffusionGenerator(DiffusersGenerator):
         return 2 ** (len(self.codec.config.block_out_channels) - 1)
 
     @abstractmethod
-    def asked(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        """What `network` predicts of `x_t` (B, C, H, W) on its own path, at `timesteps` (B,): (B, C or 2 C, H, W).
+    def asked(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+        """What `network` predicts at `x_t` (B, C, H, W) and `times` (B,) of its own path: (B, C or 2 C, H, W).
 
-        `x_t` and `cond` have the dtype of the network's weights, `timesteps` are float32 and need not be whole.
+        The times are timesteps of training, which need not be whole.
         """
 
-    def _asked(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+    def _unguided(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
         point = preserving(times).like(x_t)
         x = x_t * (point.alpha + point.sigma)
-        predicted = super()._asked(network, x, self.timesteps.at(times), cond)
+        predicted = self._predicted(network, x, self.timesteps.at(times), cond)
         # The other half of a network that has learned its variance too is that variance.
-        return velocity(*ends(self.timesteps.prediction, predicted[:, : x.shape[1]], x, point))
+        return velocity(*ends_on_path(self.timesteps.prediction, predicted[:, : x.shape[1]], x, point))
 
     def times(self, steps: int, shift: float) -> list[float]:
         """The flow's times of as many timesteps as there are steps, spaced as the scheduler's config says; and 0."""

@@ -1,10 +1,11 @@
 """DiT (2212.09748): a class-conditional transformer. Prompts are the names of its labels, and "" is none of them."""
 
 import difflib
+from collections.abc import Iterable
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import SchedulerMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
@@ -15,6 +16,20 @@ from models.generator import Conditioning
 
 class DiTTransformer2DModel(diffusers.DiTTransformer2DModel, PeftAdapterMixin):
     """That of diffusers, which has no adapters of its own."""
+
+
+class DiTPipeline(diffusers.DiTPipeline):
+    """That of diffusers, which forgets `id2label`: of classes with one name it knows the last, and it saves none."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        vae: nn.Module,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__(transformer, vae, scheduler, id2label)
+        self.register_to_config(id2label=id2label)
 
 
 class DiTGenerator(DiffusionGenerator):
@@ -28,16 +43,16 @@ class DiTGenerator(DiffusionGenerator):
     text_parts = ()
     scale = 4.0
 
-    def __init__(self, pipe: DiffusionPipeline, options: Options):
+    def __init__(self, pipe: DiTPipeline, options: Options):
         pipe.transformer.__class__ = DiTTransformer2DModel
         super().__init__(pipe, options)
-        if not pipe.labels:
+        labels = pipe.config.get("id2label")
+        if not labels:
             raise ValueError("checkpoint: model_index.json has no id2label, by which prompts would name the classes")
-        names: dict[str, list[str]] = {}
-        for name, number in pipe.labels.items():
-            names.setdefault(str(number), []).append(name)
-        # The pipeline alone would not save them.
-        pipe.register_to_config(id2label={number: ", ".join(each) for number, each in names.items()})
+        self._numbers: dict[str, list[int]] = {}
+        for number, names in labels.items():
+            for name in (str(number), *names.split(",")):
+                self._numbers.setdefault(name.strip().lower(), []).append(int(number))
         if self.height != self.width:
             raise ValueError(f"resolution: {self.width} x {self.height}, but a DiT paints squares; take one number")
 
@@ -46,21 +61,33 @@ class DiTGenerator(DiffusionGenerator):
         return Conditioning(torch.tensor([self.label(prompt) for prompt in prompts], device=self.device))
 
     def label(self, prompt: str) -> int:
-        """The number of a class, by one of its names, whatever the case.
+        """The number of a class, by one of its names, whatever the case, or by the number itself.
 
         Raises:
-            ValueError: beginning with `prompts`, where no class has that name.
+            ValueError: beginning with `prompts`, where no class has that name, or several have.
         """
         if not prompt:
             return self.transformer.config.num_embeds_ada_norm
-        known = {name.lower(): number for name, number in self.pipe.labels.items()}
-        if (name := prompt.strip().lower()) not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.0)
+        if (name := prompt.strip().lower()) not in self._numbers:
+            near = difflib.get_close_matches(name, self._numbers, 3, 0.0)
             raise ValueError(f"prompts: {prompt!r} is no label of this model; the nearest are {', '.join(near)}")
-        return known[name]
+        number, *others = dict.fromkeys(self._numbers[name])
+        if others:
+            numbers = ", ".join(map(str, (number, *others)))
+            raise ValueError(f"prompts: {prompt!r} is a label of the classes {numbers}; give one of these numbers")
+        return number
 
-    def asked(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        return network(x_t, timestep=timesteps, class_labels=cond.tokens, return_dict=False)[0]
+    def check(self, prompts: Iterable[str]) -> None:
+        for prompt in prompts:
+            self.label(prompt)
+
+    @classmethod
+    def text_tokens(cls, max_tokens: int | None = None) -> int:
+        """None, but the class."""
+        return 0
+
+    def asked(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+        return network(x_t, timestep=times, class_labels=cond.tokens, return_dict=False)[0]
 
     @property
     def feature_width(self) -> int:

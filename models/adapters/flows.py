@@ -1,4 +1,4 @@
-"""What flow families have in common: even noise levels, and texts of different lengths.
+"""What flow families have in common: layers, tokens, even noise levels, normalised latents, texts of any length.
 
 Shapes: B batch, L text tokens, W_text their width.
 """
@@ -13,12 +13,41 @@ from torch import Tensor
 
 from models.generator import Conditioning
 
+PATCH = 2
+"""Latent cells along a side of a token, where the network is handed tokens."""
+
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""All projections of the image and of the text in an attention of both."""
+
 _MASK = "mask"
 
 
 def even(steps: int, mu: float) -> dict[str, Any]:
     """What pipelines tell a `FlowMatchEulerDiscreteScheduler`: noise levels i / `steps`, which it shifts by `mu`."""
     return {"sigmas": np.linspace(1, 1 / steps, steps), "mu": mu}
+
+
+def normalised(z: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Latents (B, C, H, W) of a codec, by the mean and standard deviation (C,) of its channels."""
+    return (z - _each(mean, z)) / _each(std, z)
+
+
+def restored(latents: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """The inverse of `normalised`."""
+    return latents * _each(std, latents) + _each(mean, latents)
+
+
+def _each(values: Sequence[float] | Tensor, z: Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=z.dtype, device=z.device)[:, None, None]
 
 
 def padded(rows: Sequence[Tensor], length: int) -> Conditioning:

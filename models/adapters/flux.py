@@ -4,14 +4,16 @@
 Left out: the image prompts that the pipeline also takes.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from models.adapters.base import DiffusersGenerator
-from models.adapters.packing import PATCH, packed, unpacked
+from models.adapters.flows import JOINT_ATTENTION, PATCH, even
 from models.generator import Conditioning
+from models.layers import patched, unpatched
 
 
 class FluxGenerator(DiffusersGenerator):
@@ -21,16 +23,7 @@ class FluxGenerator(DiffusersGenerator):
     text_parts = ("text_encoder", "text_encoder_2")
     max_tokens = 512
     patch = PATCH
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     @property
     def default_embedded_scale(self) -> float | None:
@@ -45,7 +38,7 @@ class FluxGenerator(DiffusersGenerator):
         places = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)  # (N, 3)
         told = None if self.embedded_scale is None else torch.full_like(times, self.embedded_scale)
         tokens = network(
-            hidden_states=packed(x_t),
+            hidden_states=patched(x_t, PATCH),
             timestep=times,
             guidance=told,
             pooled_projections=cond.more["pooled"],
@@ -54,7 +47,7 @@ class FluxGenerator(DiffusersGenerator):
             img_ids=places,
             return_dict=False,
         )[0]
-        return unpacked(tokens, x_t.shape[2])
+        return unpatched(tokens, PATCH, self.grid[0])
 
-    def timing(self, steps: int) -> dict[str, object]:
-        return {"sigmas": np.linspace(1, 1 / steps, steps), "mu": self.mu}
+    def timing(self, steps: int) -> dict[str, Any]:
+        return even(steps, self.mu)

@@ -15,9 +15,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
 from models.adapters.base import DiffusersGenerator
-from models.adapters.flows import even
+from models.adapters.flows import JOINT_ATTENTION, PATCH, even, normalised, restored
 from models.adapters.options import Options
-from models.adapters.packing import PATCH
 from models.generator import Conditioning
 from models.guidance import NO_GUIDANCE
 
@@ -41,14 +40,7 @@ class Flux2Generator(DiffusersGenerator):
         """Outputs of single-stream blocks by their full names: a double-stream block's `to_out` is a list of layers."""
         singles = range(network.config.num_single_layers)
         return (
-            "attn.to_q",
-            "attn.to_k",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_q_proj",
-            "attn.add_k_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
+            *JOINT_ATTENTION,
             "attn.to_qkv_mlp_proj",
             *(f"single_transformer_blocks.{block}.attn.to_out" for block in singles),
         )
@@ -77,19 +69,18 @@ class Flux2Generator(DiffusersGenerator):
         return even(steps, compute_empirical_mu(self.tokens, steps))
 
     def decoded(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        cells = F.pixel_shuffle(latents * std + mean, PATCH)
+        cells = F.pixel_shuffle(restored(latents, *self._statistics), PATCH)
         return self.codec.decode(cells.to(self.codec.dtype), return_dict=False)[0]
 
     def compressed(self, pixels: Tensor) -> Tensor:
         z = F.pixel_unshuffle(self.codec.encode(pixels.to(self.codec.dtype)).latent_dist.mode(), PATCH)
-        mean, std = self._statistics(z)
-        return (z - mean) / std
+        return normalised(z, *self._statistics)
 
-    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the patches, shaped to broadcast over `z`."""
+    @property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C,) of the patches' channels."""
         norm = self.codec.bn
-        return norm.running_mean.to(z)[:, None, None], (norm.running_var.to(z) + norm.eps).sqrt()[:, None, None]
+        return norm.running_mean, (norm.running_var.float() + norm.eps).sqrt()
 
 
 class Flux2KleinGenerator(Flux2Generator):

@@ -40,11 +40,11 @@ class PixArtGenerator(DiffusionGenerator):
         )
         return Conditioning(tokens, {"mask": mask})
 
-    def asked(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+    def asked(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
         return network(
             x_t,
             encoder_hidden_states=cond.tokens,
-            timestep=timesteps,
+            timestep=times,
             added_cond_kwargs=self.added(x_t),
             encoder_attention_mask=cond.more["mask"],
             return_dict=False,

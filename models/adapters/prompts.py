@@ -5,9 +5,10 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from typing import Any
+from uuid import uuid4
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from models.adapters.options import Options
 from models.generator import Conditioning
@@ -18,24 +19,24 @@ _TOKENS = "tokens"
 class PromptCache:
     """Conditionings by prompt, of one row each: the last `options.cached_prompts`, and all in the folder if one is set.
 
+    It knows no generator, so that those which share their text encoders share it too.
+
     Args:
-        encode: what prompts become, one after another, on any device.
-        max_tokens: to which prompts are cut and padded.
+        manner: all that a conditioning depends on besides its prompt, as JSON takes it.
     """
 
-    def __init__(
-        self, encode: Callable[[Sequence[str]], Iterable[Conditioning]], max_tokens: int | None, options: Options
-    ):
-        self._encode, self._room = encode, options.cached_prompts
+    def __init__(self, manner: Sequence[Any], options: Options):
+        self._manner, self._room = manner, options.cached_prompts
         self._folder = Path(options.cache) if options.cache else None
-        self._manner = [max_tokens, options.text_dtype, options.negative]  # which some families encode in another way
         self._known: OrderedDict[str, Conditioning] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """On the CPU, in order."""
+    def __call__(
+        self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Iterable[Conditioning]]
+    ) -> list[Conditioning]:
+        """On the CPU, in order; `encode` gives what prompts become, one after another, on any device."""
         rows = {prompt: self._found(prompt) for prompt in dict.fromkeys(prompts)}
         if missing := [prompt for prompt, row in rows.items() if row is None]:
-            for prompt, row in zip(missing, self._encode(missing), strict=True):
+            for prompt, row in zip(missing, encode(missing), strict=True):
                 rows[prompt] = row.map(lambda values: values.cpu().contiguous())
                 self._write(prompt, rows[prompt])
         self._known.update(rows)
@@ -61,6 +62,6 @@ class PromptCache:
             return
         path = self._path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            save_file({_TOKENS: cond.tokens, **cond.more}, file.name)
-        Path(file.name).rename(path)
+        part = path.with_suffix(f".{uuid4().hex}.tmp")
+        part.write_bytes(save({_TOKENS: cond.tokens, **cond.more}))
+        part.rename(path)

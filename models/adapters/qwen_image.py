@@ -10,9 +10,12 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from models.adapters.base import DiffusersGenerator
-from models.adapters.flows import even, padded, trimmed
-from models.adapters.packing import PATCH, packed, unpacked
+from models.adapters.flows import JOINT_ATTENTION, PATCH, even, normalised, padded, restored, trimmed
 from models.generator import Conditioning
+from models.layers import patched, unpatched
+
+_TEXT_AFTER = ("attn.add_q_proj", "attn.to_add_out")
+"""What asks for, and makes, the text that leaves a block."""
 
 
 class QwenImageGenerator(DiffusersGenerator):
@@ -31,14 +34,8 @@ class QwenImageGenerator(DiffusersGenerator):
         """Without what the last block makes of the text, for nothing comes of it."""
         others = range(network.config.num_layers - 1)
         return (
-            "attn.to_q",
-            "attn.to_k",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_k_proj",
-            "attn.add_v_proj",
-            *(f"transformer_blocks.{block}.attn.add_q_proj" for block in others),
-            *(f"transformer_blocks.{block}.attn.to_add_out" for block in others),
+            *(name for name in JOINT_ATTENTION if name not in _TEXT_AFTER),
+            *(f"transformer_blocks.{block}.{name}" for name in _TEXT_AFTER for block in others),
         )
 
     @property
@@ -53,18 +50,18 @@ class QwenImageGenerator(DiffusersGenerator):
     def asked(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
         text, mask = trimmed(cond)
         tokens = network(
-            hidden_states=packed(x_t),
+            hidden_states=patched(x_t, PATCH),
             timestep=times,
             encoder_hidden_states=text,
             encoder_hidden_states_mask=mask,
             img_shapes=[[(1, *self.grid)]] * len(x_t),
             return_dict=False,
         )[0]
-        return unpacked(tokens, x_t.shape[2])
+        return unpatched(tokens, PATCH, self.grid[0])
 
     def adjusted(self, moved: Tensor, positive: Tensor) -> Tensor:
-        tokens, wanted = packed(moved), packed(positive).norm(dim=-1, keepdim=True)
-        return unpacked(tokens * (wanted / tokens.norm(dim=-1, keepdim=True)), moved.shape[2])
+        tokens, wanted = patched(moved, PATCH), patched(positive, PATCH).norm(dim=-1, keepdim=True)
+        return unpatched(tokens * (wanted / tokens.norm(dim=-1, keepdim=True)), PATCH, self.grid[0])
 
     def timing(self, steps: int) -> dict[str, Any]:
         if steps == 1 and self.pipe.scheduler.config.shift_terminal:
@@ -72,16 +69,14 @@ class QwenImageGenerator(DiffusersGenerator):
         return even(steps, self.mu)
 
     def decoded(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        frames = (latents * std + mean)[:, :, None]  # (B, C, 1, H, W)
+        frames = restored(latents, *self._statistics)[:, :, None]  # (B, C, 1, H, W)
         return self.codec.decode(frames.to(self.codec.dtype), return_dict=False)[0][:, :, 0]
 
     def compressed(self, pixels: Tensor) -> Tensor:
         z = self.codec.encode(pixels[:, :, None].to(self.codec.dtype)).latent_dist.mode()[:, :, 0]
-        mean, std = self._statistics(z)
-        return (z - mean) / std
+        return normalised(z, *self._statistics)
 
-    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the codec's latents, shaped to broadcast over `z`."""
-        config = self.codec.config
-        return z.new_tensor(config.latents_mean)[:, None, None], z.new_tensor(config.latents_std)[:, None, None]
+    @property
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the codec's channels."""
+        return self.codec.config.latents_mean, self.codec.config.latents_std

@@ -6,6 +6,7 @@ time in whole training steps.
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,11 @@ class SanaGenerator(DiffusersGenerator):
     def prior_std(self, t: float) -> float:
         """The pipeline's first latents have variance 1, although their time is a little below 1."""
         return 1.0
+
+    @property
+    def manner(self) -> list[Any]:
+        """The negative prompt is encoded in another way than others."""
+        return [*super().manner, self.options.negative]
 
     def encoded(self, prompts: list[str]) -> Conditioning:
         (prompt,) = prompts

@@ -6,7 +6,8 @@ Left out: the image prompts and skipped layers that the pipeline also takes.
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from models.adapters.base import DiffusersGenerator
+from models.adapters.base import CLIP_TOKENS, DiffusersGenerator
+from models.adapters.flows import JOINT_ATTENTION
 from models.adapters.options import Options
 from models.generator import Conditioning
 
@@ -18,16 +19,7 @@ class SD3Generator(DiffusersGenerator):
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
     scale = 4.5
     max_tokens = 256
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def __init__(self, pipe: DiffusionPipeline, options: Options):
         super().__init__(pipe, options)
@@ -37,6 +29,11 @@ class SD3Generator(DiffusersGenerator):
                 f"resolution: {max(self.height, self.width)} is above the {most * self.patch * self.cell} pixels that "
                 "this network has positions for"
             )
+
+    @classmethod
+    def text_tokens(cls, max_tokens: int | None = None) -> int:
+        """CLIP's, and then T5's."""
+        return CLIP_TOKENS + super().text_tokens(max_tokens)
 
     def encoded(self, prompts: list[str]) -> Conditioning:
         tokens, _, pooled, _ = self.pipe.encode_prompt(

@@ -36,8 +36,8 @@ class UNetGenerator(DiffusionGenerator):
         """What the network is told beside time and text tokens."""
         return None
 
-    def asked(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        return network(x_t, timesteps, cond.tokens, added_cond_kwargs=self.added(cond), return_dict=False)[0]
+    def asked(self, network: nn.Module, x_t: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+        return network(x_t, times, cond.tokens, added_cond_kwargs=self.added(cond), return_dict=False)[0]
 
     @property
     def feature_width(self) -> int:

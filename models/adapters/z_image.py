@@ -12,8 +12,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from models.adapters.base import DiffusersGenerator
-from models.adapters.flows import even, padded, ragged
-from models.adapters.packing import PATCH
+from models.adapters.flows import PATCH, even, padded, ragged
 from models.generator import Conditioning
 
 

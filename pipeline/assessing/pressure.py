@@ -50,6 +50,7 @@ def of_choosing(
     rows = list({row.id: row for row in drawn_prompts}.values())[:prompts]
     generator, drawn = config.generator.build(device), config.evaluate
     wanted = [(row, k) for row in rows for k in range(images)]
+    drawn.check("evaluate", generator, (row.text for row in rows))
     keys = [sample_key(config.seed, "evaluate-reward", row.id, k) for row, k in wanted]
     proxy, truth = [], []
     for start in range(0, len(wanted), _AT_ONCE):

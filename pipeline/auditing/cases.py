@@ -155,6 +155,7 @@ def shapes_clips(config: Any, count: int, frames: int) -> tuple[ClipCase, ...]:
 
 def _painted(config: Any, prompts: Sequence[PromptRow], device: str) -> list[np.ndarray]:
     generator = config.generator.build(device)
+    config.evaluate.check("evaluate", generator, (prompt.text for prompt in prompts))
     keys = [sample_key(config.seed, "audit", prompt.id, place) for place, prompt in enumerate(prompts)]
     return list(config.evaluate.paint(generator, [p.text for p in prompts], keys))
 

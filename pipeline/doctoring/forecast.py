@@ -81,7 +81,8 @@ def measured(subject: Subject) -> Measured:
     """One iteration as the run does it, after one that warms up."""
     settings = subject.config.finetune.trained
     recorded = Recorded(subject.made())
-    trainer = subject.trainer(subject.reward, recorded, group_size=settings.group_size, dtype=settings.dtype)
+    changes = {"group_size": settings.group_size, "dtype": settings.dtype}
+    trainer = subject.trainer(subject.reward, recorded, own=True, **changes)
     trainer.iterate(subject.prompts)
     recorded.asked.clear()
     weights = [p for module in _modules(subject, trainer) for p in module.parameters()]

@@ -104,24 +104,27 @@ def merged_twin(subject: Subject) -> Check:
 
 
 def low_precision(subject: Subject) -> Check:
-    """In half precision the adapter beside the base rounds otherwise than merged into it, so that the ratio of a policy
-    that has learned something is not quite 1 before its update. Less than the clip range does no harm."""
-    dtype = subject.config.finetune.dtype
-    tried = "bfloat16" if dtype == "float32" else dtype
-    trainer = subject.trainer(dtype=tried)
+    """In half precision the adapter beside the base rounds otherwise than merged into it, and a batch otherwise than
+    another, so that the ratio of a policy that has learned something is not quite 1 before its update. Less than the
+    clip range does no harm."""
+    weights, computes = subject.config.generator.dtype, subject.config.finetune.dtype
+    coarser = max(weights, computes, key=lambda name: torch.finfo(getattr(torch, name)).eps)
+    exact = coarser == "float32"
+    trainer = subject.trainer(own=True, dtype="bfloat16" if exact else computes)
     nudged(trainer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a norm that leaves its fused path
         error = trainer.iterate(subject.prompts).ratio_error
     if error is None:
         return Check.skipped(LOW, f"{subject.algorithm.type} has no importance ratio")
-    about = f"error of a ratio in {tried}"
-    if dtype == "float32":
+    about = f"error of a ratio in {'bfloat16' if exact else coarser}"
+    if exact:
         return Check(LOW, True, error, None, "", f"{about}, which the run does not use")
     return Check.at_most(
         LOW,
         error,
         subject.algorithm.clip,
-        "rounding decides what is clipped: widen finetune.algorithm.clip, or take finetune.dtype: float32",
+        "rounding decides what is clipped: widen finetune.algorithm.clip, or take float32 for generator.dtype and "
+        "finetune.dtype",
         f"{about}, against finetune.algorithm.clip",
     )

@@ -1,10 +1,10 @@
 """The run as it is examined: its own generator, adapter, algorithm and reward, with a few prompts and siblings.
 
-Every check trains a policy of its own on a copy of the generator, so that none sees what another did.
+Every check trains a policy of its own on a copy of the generator, so that none sees what another did. Copies share the
+weights that are frozen.
 """
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +19,11 @@ from torch import Tensor
 import rewards
 from judges.audit import unremembered
 from models.generator import Conditioning, Generator
+from models.geometry import Unknown
 from models.keys import sample_key
 from models.samplers import keyed_noise
+from pipeline.forecast import Painter, device_memory, needs
+from pipeline.judging import told
 from pipeline.loop import run_dir
 from pipeline.mixing import ModelTerm, RewardTerm
 from pipeline.prompts import PromptRow, draw_key
@@ -79,7 +82,9 @@ class Subject:
 
     Attributes:
         config: of the run. `settings` are those of its trainer, shrunk, and in float32.
-        generator: that of the run, which no check changes.
+        generator: that of the run with float32 weights, in which a difference is a bug and no rounding; the run's own
+            where the device has no room for them.
+        own: that of the run as it is. No check changes either.
         reward: that of the run.
         prompts: one for each group of all processes.
         preferences: what an off-line algorithm learns from.
@@ -88,9 +93,15 @@ class Subject:
     config: Any
     settings: TrainerSettings
     generator: Generator
+    own: Generator
     reward: Mixture
     prompts: tuple[PromptRow, ...]
     preferences: Preferences | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether there are float32 weights to examine."""
+        return self.generator.dtype == torch.float32
 
     @property
     def algorithm(self) -> AlgorithmConfig:
@@ -100,13 +111,14 @@ class Subject:
     @cached_property
     def plan(self) -> Plan:
         """How the first iteration rolls out."""
-        times = tuple(self.generator.times(self.settings.steps, self.settings.shift))
+        with told("finetune"):
+            times = tuple(self.generator.times(self.settings.steps, self.settings.shift))
         return self.made().rollout_plan(self.config.seed, 0, times, self.settings.group_size)
 
     @cached_property
     def first(self) -> Iteration:
         """The first iteration, before which policy, old policy and base model are one."""
-        return self.trainer(dtype=self.config.finetune.dtype).iterate(self.prompts)
+        return self.trainer(own=True, dtype=self.config.finetune.dtype).iterate(self.prompts)
 
     @cached_property
     def drawn(self) -> Mixture:
@@ -119,12 +131,13 @@ class Subject:
         """The run's algorithm, with changes to its settings."""
         return algorithm_of(self.algorithm.model_copy(update=changes), self.preferences)
 
-    def trainer(self, reward: Mixture | None = None, algorithm: Algorithm | None = None, **settings: Any) -> Trainer:
-        """A trainer before its first iteration, by default with the reward `drawn`."""
-        generator = copy.copy(self.generator)
-        generator.transformer = copy.deepcopy(generator.transformer)
+    def trainer(
+        self, reward: Mixture | None = None, algorithm: Algorithm | None = None, own: bool = False, **settings: Any
+    ) -> Trainer:
+        """A trainer before its first iteration, by default with the reward `drawn`, on `generator` or on `own`."""
+        generator = self.own if own else self.generator
         return Trainer(
-            generator,
+            generator.copied(shared=self.settings.lora is not None),
             reward or self.drawn,
             algorithm or self.made(),
             self.settings.model_copy(update=settings),
@@ -134,7 +147,7 @@ class Subject:
         )
 
     def cond(self, prompts: Sequence[PromptRow] | None = None) -> Conditioning:
-        with torch.no_grad():
+        with torch.no_grad(), told("finetune"):
             return self.generator.encode([prompt.text for prompt in prompts or self.prompts])
 
     def noise(self, count: int) -> Tensor:
@@ -197,9 +210,11 @@ def examined(config: Any, context: Context, say: Callable[[str], None]) -> Subje
     """
     settings, ranks = config.finetune, context.accelerator.num_processes
     changes = {"groups": GROUPS * ranks, "group_size": _siblings(settings), "updates": 1, "max_grad_norm": 1e9}
-    small = settings.model_copy(update={**changes, "compile": False, "dtype": "float32"})
+    changes |= {"compile": False, "dtype": "float32", "twin": settings.has_twin(config.generator.dtype)}
+    small = settings.model_copy(update=changes)
     context = _standing(config.model_copy(update={"finetune": small}), context)
-    generator = config.generator.build(str(context.accelerator.device))
+    own = config.generator.build(str(context.accelerator.device))
+    generator = own.in_float32() if _exact_fits(config, small, ranks) else own
     preferences = None
     if settings.algorithm.offline:
         if "prefer" not in context.inputs:
@@ -212,7 +227,21 @@ def examined(config: Any, context: Context, say: Callable[[str], None]) -> Subje
     if len(prompts) < GROUPS * ranks:
         raise UserError(f"prompts: doctor takes {GROUPS * ranks}, but there are only {len(prompts)}; add some")
     reward = _reward(config, context, say)
-    return Subject(config, small.trained, generator, reward, tuple(prompts), preferences)
+    return Subject(config, small.trained, generator, own, reward, tuple(prompts), preferences)
+
+
+def _exact_fits(config: Any, settings: FinetuneConfig, ranks: int) -> bool:
+    """Whether float32 weights have room beside those of the run, as far as can be told."""
+    if config.generator.dtype == "float32":
+        return True
+    generator = config.generator.model_copy(update={"dtype": "float32"})
+    changed = config.model_copy(update={"generator": generator, "finetune": settings})
+    memory = device_memory(ranks)
+    try:
+        need = next(need for need in needs(changed, ranks, memory) if need.stage == "finetune")
+    except Unknown:
+        return True
+    return need.total + Painter(config).weights <= memory
 
 
 def _siblings(settings: FinetuneConfig) -> int:

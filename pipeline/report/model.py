@@ -58,6 +58,12 @@ class Card:
         return self.pipeline in FAMILIES and self.pipeline not in _NO_LOADER
 
     @property
+    def unguided(self) -> bool:
+        """Whether a guidance of 1 was set, rather than the family's own left."""
+        guidance = self.config.generator.guidance
+        return guidance is not None and guidance.scale == 1
+
+    @property
     def headline(self) -> words.Headline:
         return words.headline(self.summary["generator"], words.paired_change(self.rows))
 

@@ -50,6 +50,10 @@ class Velocities:
 
     `average` is what the policy's moving average predicts. `reward` rates latents (M, ...) at time 0, each under the
     prompt of its input: (M,), with a gradient.
+
+    `counts`, a float or (M,), is by how much a squared difference of velocities counts. At one input those of eps are
+    (1 - t) as large (`models.paths`), so where the generator was trained on a variance preserving path, as whose losses
+    of eps the published ones are written, (1 - t)^2 makes of the flow's losses exactly those.
     """
 
     policy: Tensor
@@ -57,13 +61,15 @@ class Velocities:
     old: Tensor | None = None
     reward: Callable[[Tensor], Tensor] | None = None
     average: Tensor | None = None
+    counts: Tensor | float = 1.0
 
     @property
     def moved(self) -> Tensor:
-        """The mean square of what the policy has moved from the reference, (M,); 0 where there is none."""
+        """The mean square of what the policy has moved from the reference, (M,), as it `counts`; 0 where there is
+        none."""
         if self.reference is None:
             return self.policy.new_zeros(len(self.policy))
-        return apart(self.policy, self.reference)
+        return self.counts * apart(self.policy, self.reference)
 
 
 def apart(v: Tensor, other: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ class Algorithm(Protocol):
     """One file each, and a class that inherits from this; the trainer knows none of them.
 
     With `whole_groups` all siblings of a prompt are on one process; otherwise `examples` may be given some of them,
-    whose numbers are `rollout.plan.numbers`.
+    whose numbers are `rollout.plan.numbers`. An example is `rows` of a network call.
     """
 
     needs_reference: bool
@@ -116,6 +122,7 @@ class Algorithm(Protocol):
     needs_features: bool = False
     needs_gradient: bool = False
     whole_groups: bool = False
+    rows: int = 1
 
     def parts(self, width: int, seed: int) -> dict[str, Part]:
         """What it trains of its own, such as a critic on features (M, 2, width); `seed` decides the weights."""

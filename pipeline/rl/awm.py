@@ -14,7 +14,8 @@ log p is the plain loss weighed by t; the generalised Huber's small power lets n
 
 What we change: the moving average is the trainer's, whose pace is `finetune.average`; it is also what is kept in the
 end. It lags several iterations behind the policy, the paper's code's less than one, so `kl_average` is smaller than its
-1. What we leave out: times shifted to the noise, guidance, and SA-Solver for rollouts.
+1. log p is of the flow's velocities whatever the generator was trained on, as the paper's are. What we leave out: times
+shifted to the noise, guidance, and SA-Solver for rollouts.
 """
 
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ class AWM(Forward):
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         total = -torch.minimum(ratio * examples.gain, clipped * examples.gain)
         if v.average is not None:
-            total = total + config.kl_average * apart(v.policy, v.average)
+            total = total + config.kl_average * v.counts * apart(v.policy, v.average)
         outside = ((ratio - 1).abs() > config.clip).float()
         kl = v.moved
         return Loss(total + config.kl * kl, kl.detach(), outside.detach(), ratio_error=(ratio - 1).abs().detach())

@@ -14,7 +14,7 @@ Shapes: P prompts, K siblings, M pairs, F successors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,7 @@ class D3POConfig(AlgorithmSettings):
     """
 
     type: Literal["d3po"] = "d3po"
+    rows: ClassVar[int] = 2
     sampler: Literal["sde", "dance", "cps", "ddim"] = "cps"
     eta: float = Field(0.7, gt=0, le=1)
     window: Annotated[int, Field(ge=1)] | None = None
@@ -70,6 +71,7 @@ class D3PO(Algorithm):
     needs_reference = True
     needs_old = False
     whole_groups = True
+    rows = D3POConfig.rows
 
     def __init__(self, config: D3POConfig):
         self.config = config

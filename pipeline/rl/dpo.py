@@ -7,7 +7,8 @@ predicted velocity over latent dimensions, Delta = e(policy) - e(reference), and
 
 (equation 14, whose beta T omega is our beta; with a soft label its cross-entropy takes the place of the logarithm).
 Pairs are those of the run, with the judge's soft labels, or on-line the best and the worst of each group by their
-reward, of which the first is taken to be better for sure. What we add: a penalty on velocities beside beta's.
+reward, of which the first is taken to be better for sure. What we add: a penalty on velocities beside beta's. On a
+generator that was trained on a variance preserving path, as the paper's were, all these errors are those of eps.
 
 With `inversion` the noise of a picture is that from which the base model paints it, as in Inversion-DPO (2507.11554):
 what is noised so lies on the base model's way to it. What we leave out of that: its loss on whole trajectories.
@@ -17,7 +18,7 @@ Shapes: P prompts, K siblings, M pairs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,12 @@ class DPOConfig(AlgorithmSettings):
         beta: how much the errors count; where it is null, 2000 off-line and 100 on-line.
         draws: times to which the pairs of an iteration are noised; off-line each draw takes other pairs.
         inversion: noise pictures of `preferences` with what the base model paints them from, which takes three times
-            finetune.steps network calls a picture, and a third copy of the generator.
+            finetune.steps network calls a picture, and of a transformer that is trained as a whole one more copy.
         kl: weighs |v - v_ref|^2.
     """
 
     type: Literal["dpo"] = "dpo"
+    rows: ClassVar[int] = 2
     source: Literal["online", "preferences"] = "online"
     beta: float | None = Field(None, gt=0)
     draws: int = Field(2, ge=1)
@@ -112,6 +114,7 @@ class DPO(Algorithm):
     needs_reference = True
     needs_old = False
     whole_groups = True
+    rows = DPOConfig.rows
 
     def __init__(self, config: DPOConfig, preferences: Preferences | None = None):
         self.config, self.preferences = config, preferences
@@ -147,6 +150,7 @@ class DPO(Algorithm):
 
     def loss(self, examples: Pairs, v: Velocities) -> Loss:
         away = examples.errors(v.policy) - examples.errors(v.reference)
+        away = (away.T * v.counts).T
         total, z = preference_loss(away, examples.label, self.config.strength)
         kl = v.moved
         right = ((z > 0) == (examples.label > 0.5)).float()

@@ -23,6 +23,7 @@ from models.generator import Conditioning
 from models.keys import sample_key
 from models.paths import noised
 from models.samplers import keyed_noise
+from pipeline.judging import told
 from pipeline.prompts import PromptRow, PromptSource, draw_key
 from pipeline.rl.checks import Seen
 from pipeline.rl.rollout import Plan, rollout
@@ -101,7 +102,8 @@ def painted(trainer: Trainer, mine: Sequence[Wanted], seed: int, siblings: int) 
     plan = Plan.ode(trainer.times, siblings=1)
     ids = [f"{one.prompt.id}/{one.sample}" for one in mine]
     with trainer.averaged():
-        cond = generator.encode([one.prompt.text for one in mine])
+        with told("finetune"):
+            cond = generator.encode([one.prompt.text for one in mine])
         predict = trainer.predict(trainer.plain)
         rolled = rollout(generator, predict, cond, ids, (seed, "watch"), plan, settings.batch)
         # In another order of memory sums would round otherwise than those of pictures read from a file.

@@ -6,7 +6,8 @@ loss on fresh noise (algorithm 1, with one optimiser step where the paper trains
     loss = |v - (eps - x0)|^2 + kl |v - v_ref|^2
 
 Off-line it learns from the better pictures of the run's preference pairs instead. Both are baselines: they show what
-selection alone gives, without a push away from what is worse.
+selection alone gives, without a push away from what is worse. On a generator that was trained on a variance preserving
+path the errors are those of eps, as in its own training.
 
 Shapes: P prompts, K siblings, M pictures.
 """
@@ -98,5 +99,5 @@ class RAFT(Algorithm):
         return [Chosen(draw.x_t, draw.t, draw.prompt, velocity(x0, draw.noise)) for draw in draws]
 
     def loss(self, examples: Chosen, v: Velocities) -> Loss:
-        error, kl = apart(v.policy, examples.target), v.moved
+        error, kl = v.counts * apart(v.policy, examples.target), v.moved
         return Loss(error + self.config.kl * kl, kl.detach(), torch.zeros_like(error))

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.settings import Section
+from pipeline.settings import Section, UserError
 
 
 class AlgorithmSettings(Section):
@@ -12,10 +12,12 @@ class AlgorithmSettings(Section):
 
     Attributes:
         follows_reward: whether it takes the gradient of the reward, which must then have one.
+        rows: of a network call, for each example that is learned from.
     """
 
     type: str
     follows_reward: ClassVar[bool] = False
+    rows: ClassVar[int] = 1
 
     @property
     def offline(self) -> bool:
@@ -56,7 +58,8 @@ class TrainerSettings(Section):
         dtype: in which the transformer computes, by autocast; weights, log-probabilities and losses are float32.
         gradient_checkpointing: compute the transformer's blocks once more for the gradient rather than keep them.
         twin: a copy of the transformer, with the adapter merged into it, rolls out, which is faster; without one the
-            transformer that learns rolls out itself, in half the memory.
+            transformer that learns rolls out itself, in half the memory. Where it is null there is one beside float32
+            weights alone, as merged into coarser ones an adapter is lost to rounding.
         batch: pictures a network call, and so many are decoded at a time.
         overlap: lots in which the groups of an iteration are rolled out; one is rated while the next is rolled out,
             which pays where a server is the judge.
@@ -79,7 +82,7 @@ class TrainerSettings(Section):
     keep_base: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
-    twin: bool = True
+    twin: bool | None = None
     batch: int = Field(256, ge=1)
     overlap: int = Field(1, ge=1)
     compile: bool = False
@@ -94,9 +97,38 @@ class TrainerSettings(Section):
 
     @model_validator(mode="after")
     def _twin_is_compiled(self) -> Self:
-        if self.compile and not self.twin:
+        if self.compile and self.twin is False:
             raise ValueError("compile: what is compiled is the twin; set finetune.twin to true, or compile to false")
         return self
+
+    def has_twin(self, dtype: str) -> bool:
+        """Whether a twin rolls out, where the transformer's weights are of `dtype`."""
+        return dtype == "float32" if self.twin is None else self.twin
+
+    def check_weights(self, dtype: str, needs_old: bool) -> None:
+        """Raises UserError where weights of `dtype` cannot be trained so; `needs_old` is the algorithm's."""
+        exact = dtype == "float32"
+        if not exact and self.lora is None:
+            raise UserError(
+                f"generator.dtype: full fine-tuning trains these weights, and of {dtype} ones small steps are lost to "
+                "rounding; set it to float32, and finetune.dtype to bfloat16"
+            )
+        if not exact and self.twin:
+            raise UserError(
+                f"finetune.twin: merged into {dtype} weights an adapter is lost to rounding; set it to null, or "
+                "generator.dtype to float32"
+            )
+        if not exact and self.compile:
+            raise UserError(
+                f"finetune.compile: what is compiled is the twin, and beside {dtype} weights there is none; set it to "
+                "false, or generator.dtype to float32"
+            )
+        if needs_old and self.updates > 1 and not self.has_twin(dtype):
+            remedy = "set it to true" if exact else "set generator.dtype to float32"
+            raise UserError(
+                "finetune.twin: the algorithm asks the policy that rolled out, which over several updates a twin alone "
+                f"remembers; {remedy}, or finetune.updates to 1"
+            )
 
 
 class RefreshSettings(Section):

@@ -92,14 +92,14 @@ class Trainer:
     """Moves a LoRA on `generator`, or its whole transformer, towards `reward`, which may be a mixture.
 
     Rollouts run on `plain`, a twin of the transformer that is brought up to the policy before each of them: with a LoRA
-    merged into it, it is faster than base and adapter side by side, and the base weights stay exact. Where the settings
-    want no twin, `plain` is `tuned` itself.
+    merged into it, it is faster than base and adapter side by side, and the base weights stay exact. Where there is no
+    twin (`TrainerSettings.twin`), `plain` is `tuned` itself.
 
     Args:
         measured: whether somebody beside the algorithm asks for the base model.
 
     Raises:
-        UserError: the groups cannot be shared out over the processes, or the algorithm cannot do without a twin.
+        UserError: the groups cannot be shared out over the processes, or weights of this dtype cannot be trained so.
     """
 
     def __init__(
@@ -114,18 +114,16 @@ class Trainer:
     ):
         self.generator, self.reward, self.algorithm = generator, mixture_of(reward), algorithm
         self.settings, self.seed, self.accelerator = settings, seed, accelerator
-        self.times = tuple(generator.times(settings.steps, settings.shift))
+        with told("finetune"):
+            self.times = tuple(generator.times(settings.steps, settings.shift))
         plan = algorithm.rollout_plan(seed, 0, self.times, settings.group_size)
         whole = algorithm.whole_groups or not plan.divisible
         size = settings.groups, settings.group_size, accelerator.num_processes
         self.shares = [share_of(*size, rank, whole) for rank in range(accelerator.num_processes)]
         self.share = self.shares[accelerator.process_index]
-        if algorithm.needs_old and settings.updates > 1 and not settings.twin:
-            raise UserError(
-                "finetune.twin: the algorithm asks the policy that rolled out, which over several updates a twin alone "
-                "remembers; set it to true, or finetune.updates to 1"
-            )
-        twin = copy.deepcopy(generator.transformer) if settings.twin else None
+        dtype = str(generator.dtype).removeprefix("torch.")
+        settings.check_weights(dtype, algorithm.needs_old)
+        twin = copy.deepcopy(generator.transformer) if settings.has_twin(dtype) else None
         self.compiled = twin is not None and settings.compile and compile_module(twin, accelerator.device)
         needs_base = measured or algorithm.needs_reference or algorithm.needs_features
         self.policy = policy_of(generator, settings, needs_base, seed)
@@ -204,7 +202,7 @@ class Trainer:
         """Roll out and rate the groups of `prompts`, each process its share."""
         share = shares[self.accelerator.process_index]
         mine = share.of(prompts)
-        with torch.no_grad():
+        with torch.no_grad(), told("finetune"):
             cond = self.generator.encode([prompt.text for prompt in mine])
         rolled, values = self._rated(mine, cond)
         terms_PKM = self._gathered(values, rolled, shares)
@@ -354,9 +352,8 @@ class Trainer:
                 # Every process must take part in the exchange of gradients.
                 groups = groups.new_zeros(1)
             # Every set weighs the same, and so does every picture, whether several share an input or not.
-            pieces = [
-                (piece, weight / len(each)) for each in examples for piece in _pieces(each, groups, settings.batch)
-            ]
+            size = max(1, settings.batch // self.algorithm.rows)
+            pieces = [(piece, weight / len(each)) for each in examples for piece in _pieces(each, groups, size)]
             for index, (piece, each_weighs) in enumerate(pieces):
                 waits = index + 1 < len(pieces)
                 with self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
@@ -435,7 +432,8 @@ class Trainer:
                 average = asked(self.tuned)
                 self.average.swap()
         rated = reward if self.algorithm.needs_gradient else None
-        loss = self.algorithm.loss(piece, Velocities(asked(self.wrapped), reference, old, rated, average))
+        counts = (1 - piece.t) ** 2 if self.generator.vp else 1.0
+        loss = self.algorithm.loss(piece, Velocities(asked(self.wrapped), reference, old, rated, average, counts))
         total = weight * loss.total.sum()
         self.accelerator.backward(self.grad_scaler.scale(total))
         seen = {"kl": loss.kl, "clip_fraction": loss.clipped, **loss.watched}

@@ -1,7 +1,8 @@
 """Ablations: variants of a network on the same latents, captions and noise for as many steps, and a table of them.
 
 Not a stage of a run: `python -m pipeline pretrain configs/ablations/positions.yaml`. Each variant has a folder of its
-own, named by its settings; one that was cut off goes on, and one that is done is not trained again.
+own, named by its settings; one that was cut off goes on, one that is done is not trained again, and what is asked of it
+is measured once.
 """
 
 import json
@@ -10,25 +11,27 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
-from models.codec import PATCH, Codec
+from models import geometry, metering
+from models.codec import Autoencoder, empty_codec, load_codec
 from models.generator import NativeGenerator
 from models.keys import sample_key
-from models.networks import gflops
+from pipeline.judging import told
 from pipeline.networks import NetworkConfig
 from pipeline.progress import Progress
 from pipeline.stages.flow import FlowConfig, Gallery, gallery_of, measured, train_flow
 from pipeline.store import atomic_write_text
 from rewards.metrics import wilson_interval
 
-_DONE = "quality.json"
+_DONE = "trained.json"
 
 
 class AblationJob(FlowConfig):
     """Several networks, otherwise trained alike, on the latents of a codec that is there.
 
     Attributes:
-        codec: the generator whose codec is taken.
+        codec: the folder of a codec, or of a generator or a pipeline whose codec is taken.
         variants: the networks, by the names they have in the table.
         sides: of the pictures that are measured, in pixels; all networks are trained on the embedded world's own.
         images: how many of each side, by held-out prompts in turn of their skills.
@@ -46,13 +49,17 @@ class AblationJob(FlowConfig):
 
     @model_validator(mode="after")
     def _networks_can_be_built(self) -> Self:
+        try:
+            codec = empty_codec(self.codec)
+        except FileNotFoundError as error:
+            raise ValueError(f"codec: {error}") from None
         for name, network in self.variants.items():
             try:
-                built = self.check(network)
+                built = self.check(network, codec)
             except ValueError as error:
                 raise ValueError(f"variants.{name}: {error}") from None
             for side in self.sides:
-                cell = PATCH * built.config.patch
+                cell = codec.cell * built.config.patch
                 if side < cell or side % cell:
                     raise ValueError(f"sides: {side} pixels are no multiple of {cell}, the pixels of a patch of {name}")
         return self
@@ -60,7 +67,8 @@ class AblationJob(FlowConfig):
 
 def ablate(job: AblationJob, seed: int, folder: Path, progress: Progress) -> dict[str, Any]:
     """Train and measure what is not done yet, and put all variants into one table."""
-    codec = Codec.from_pretrained(Path(job.codec) / "codec").eval().requires_grad_(False)
+    with told("job"):
+        codec = load_codec(job.codec)
     gallery: Gallery | None = None
     rows = {}
     for name, network in job.variants.items():
@@ -68,41 +76,62 @@ def ablate(job: AblationJob, seed: int, folder: Path, progress: Progress) -> dic
         if not (place / _DONE).is_file():
             gallery = gallery or gallery_of(codec, job.pictures, seed, progress)
             progress.say(f"variant {name}")
-            atomic_write_text(place / _DONE, json.dumps(_row(job, network, codec, gallery, seed, place, progress)))
-        rows[name] = json.loads((place / _DONE).read_text())
+            _train(job, network, codec, gallery, seed, place, progress)
+        gold = {str(side): _gold(place, side, job.images) for side in job.sides}
+        rows[name] = {**json.loads((place / _DONE).read_text()), "gold": gold}
     return {"steps": job.clean_steps + job.noisy_steps, "batch": job.batch, "seed": seed, "variants": rows}
 
 
-def _row(
+def _train(
     job: AblationJob,
     network: NetworkConfig,
-    codec: Codec,
+    codec: Autoencoder,
     gallery: Gallery,
     seed: int,
     place: Path,
     progress: Progress,
-) -> dict[str, Any]:
-    """Train one variant; what the table says of it."""
+) -> None:
+    """Train one variant, and write down what is known of it without looking at its pictures."""
     torch.compiler.reset()
-    generator = job.new_generator(network, seed)
-    generator.codec = codec
+    generator = job.new_generator(network, seed, codec)
     train_flow(job, generator, gallery, seed, place, progress)
     generator.save_pretrained(place / "checkpoint")
     painter = NativeGenerator.from_pretrained(place / "checkpoint")
-    gold = {}
-    for side in job.sides:
-        found = measured(painter.at(side), job.images)
-        right = round(found["gold"] * job.images)
-        gold[str(side)] = {**found, "interval": list(wilson_interval(right, job.images))}
-    return {
+    known = {
         "network": network.model_dump(mode="json"),
-        "parameters": sum(parameter.numel() for parameter in painter.transformer.parameters()),
-        "gflops": gflops(painter.transformer, job.max_tokens),
-        "gold": gold,
+        "parameters": _parameters(painter.transformer),
+        "text_parameters": _parameters(painter.text_encoder),
+        "gflops": _gflops(place / "checkpoint"),
     }
+    atomic_write_text(place / _DONE, json.dumps(known))
+
+
+def _gold(place: Path, side: int, images: int) -> dict[str, Any]:
+    """The accuracy of the variant in `place` on so many pictures of `side` pixels, measured once."""
+    path = place / f"gold-{side}-{images}.json"
+    if not path.is_file():
+        found = measured(NativeGenerator.from_pretrained(place / "checkpoint").at(side), images)
+        right = round(found["gold"] * images)
+        atomic_write_text(path, json.dumps({**found, "interval": list(wilson_interval(right, images))}))
+    return json.loads(path.read_text())
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _gflops(checkpoint: Path) -> float:
+    """Of a call for one latent of the trained size: thousand millions of multiplications with additions.
+
+    The DiT paper (2212.09748) counts so; whoever counts a multiplication and an addition as two gets twice as many.
+    """
+    looks = geometry.geometry(str(checkpoint))
+    network = looks.network.build()
+    given = geometry.asked(network, 1, (network.config.size,) * 2, looks.text_tokens)
+    return metering.painted(network, given).flops / 2e9
 
 
 def _place(job: AblationJob, seed: int, folder: Path, name: str, network: NetworkConfig) -> Path:
-    """The folder of a variant, named by all that its row depends on."""
-    settings = job.model_dump_json(exclude={"variants"})
+    """The folder of a variant, named by all that its training depends on."""
+    settings = job.model_dump_json(exclude={"variants", "sides", "images"})
     return folder / f"{name}-{sample_key(seed, settings, network.model_dump_json()):016x}"

@@ -16,15 +16,17 @@ from PIL import Image
 from pydantic import Field
 from scipy.special import expit
 
+import models
 import rewards
 from judges.shapes.oracle import gold
 from models.keys import sample_key
+from pipeline.forecast import fits
+from pipeline.pace import judging_seconds, rewarding_seconds
 from pipeline.pictures import pictures_of, source_of
 from pipeline.prompts import draw_key
 from pipeline.runner import Context, Stage, Work
-from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import trained_loss
-from pipeline.stages.sample import Painting, call_seconds, columns, fits, shards
+from pipeline.stages.sample import Painting, columns, painting_seconds, shards
 from pipeline.store import read_rows, write_rows
 from rewards.losses import joined
 
@@ -83,17 +85,25 @@ class EvaluateConfig(Painting):
 
 def _depends(config: Any) -> dict[str, Any]:
     return {
-        "version": 2,
+        "version": 3,
+        "seed": config.seed,
+        "generator": config.generator.depends(),
+        "prompts": config.prompts.depends(),
         "evaluate": config.evaluate.model_dump(mode="json"),
         "judge": config.judge.depends(),
     }
 
 
 def _work(config: Any) -> Work:
-    images = 2 * config.evaluate.images
+    images = len(MODELS) * config.evaluate.images
     rollouts = config.finetune.iterations * config.finetune.kept_images
-    each = config.evaluate.calls * call_seconds(config) + 2 * JUDGE_SECONDS
-    return Work(images, images * each + rollouts * GOLD_SECONDS, config.generator.dtype)
+    parts = {
+        "painting": painting_seconds(config, config.evaluate, images),
+        "the judge": judging_seconds(config.judge, images),
+        "the reward": rewarding_seconds(config, images),
+        "gold": rollouts * GOLD_SECONDS if config.prompts.type == "shapes" else 0.0,
+    }
+    return Work.of(images, parts, config.generator.dtype)
 
 
 def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str], painted: bool = True) -> list[bool | None]:
@@ -111,25 +121,15 @@ def _run(context: Context) -> None:
 
 def _paint(context: Context) -> None:
     """Pictures of both models, and what judge, reward and oracle say of them."""
-    config = context.config
+    config, settings = context.config, context.config.evaluate
     device = str(context.accelerator.device)
-    # Where parts wait in main memory while they are not used, so does the generator whose turn it is not.
-    waiting = "cpu" if config.generator.offload and not config.generator.ours else device
-    generators = {
-        "base": config.generator.build(waiting),
-        "tuned": config.generator.build(waiting, context.inputs["finetune"].folder / config.finetune.kept_folder),
-    }
-    settings: EvaluateConfig = config.evaluate
     prompts = config.prompts.held_out(draw_key(config.seed, "evaluate"), settings.images)
-    if waiting != device:  # text encoders are used before judge and reward take their room
-        for generator in generators.values():
-            generator.to(device)
-            for start in range(0, len(prompts), settings.batch):
-                generator.encode([prompt.text for prompt in prompts[start : start + settings.batch]])
-            generator.to(waiting)
+    size = max(1, settings.shard // len(MODELS))
+    mine = [prompts[k].text for _, part in shards(context, range(len(prompts)), size) for k in part]
+    generators, waiting = _generators(context, mine)
     judge, reward = config.judge.build(device), _reward(context)
     with context.progress.track(len(MODELS) * len(prompts), "images", "evaluate") as advance:
-        for name, part in shards(context, range(len(prompts)), max(1, settings.shard // len(MODELS))):
+        for name, part in shards(context, range(len(prompts)), size):
             keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in part]
             texts = [prompts[k].text for k in part]
             images = []
@@ -154,6 +154,26 @@ def _paint(context: Context) -> None:
                 rows.append({**named, "image": Image.fromarray(image), **seen})
             write_rows(context.artifact, name, rows, FEATURES)
             advance(len(rows))
+
+
+def _generators(context: Context, prompts: Sequence[str]) -> tuple[dict[str, "models.Generator"], str]:
+    """Base and tuned generator, which share text encoders and codec, and the device on which they wait for their turn.
+
+    Where parts wait in main memory while they are not used, so does the generator whose turn it is not, and `prompts`
+    are encoded here, before judge and reward take their room.
+    """
+    config, device = context.config, str(context.accelerator.device)
+    folder = context.inputs["finetune"].folder / config.finetune.kept_folder
+    if config.generator.ours or not config.generator.offload:
+        base = config.generator.build(device)
+        config.evaluate.check("evaluate", base, prompts)
+        return {"base": base, "tuned": config.generator.tuned(base, folder)}, device
+    asked = list(dict.fromkeys([*prompts, config.generator.negative]))
+    base = config.generator.model_copy(update={"cached_prompts": len(asked)}).build(device)
+    config.evaluate.check("evaluate", base, asked)
+    for start in range(0, len(asked), config.evaluate.batch):
+        base.encode(asked[start : start + config.evaluate.batch])
+    return {"base": base.to("cpu"), "tuned": config.generator.tuned(base, folder)}, "cpu"
 
 
 def _reward(context: Context) -> "rewards.ModelReward":

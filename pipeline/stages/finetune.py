@@ -19,7 +19,11 @@ from pydantic import Field, model_validator
 import models
 import rewards
 from judges.base import Judge
+from models.samplers import calls
+from pipeline.forecast import fits
+from pipeline.judging import told
 from pipeline.mixing import MixtureConfig, ModelTerm, RewardChoice, mixture_config
+from pipeline.pace import call_seconds, embedded, judging_seconds
 from pipeline.pictures import pictures_of
 from pipeline.prompts import PromptRow, PromptSource, draw_key
 from pipeline.rl import AlgorithmConfig, algorithm_of
@@ -30,9 +34,8 @@ from pipeline.rl.preferred import Preferences
 from pipeline.rl.settings import RefreshSettings, TrainerSettings, WatchSettings
 from pipeline.runner import Context, Interrupted, Stage, Work
 from pipeline.settings import UserError
-from pipeline.stages.judge import JUDGE_SECONDS
 from pipeline.stages.reward import NO_INFLUENCE
-from pipeline.stages.sample import call_seconds, columns, fits
+from pipeline.stages.sample import columns
 from pipeline.store import read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -75,6 +78,10 @@ TERMS = datasets.Features(
     }
 )
 """Of each term of a mixture, as it was before it was normalised."""
+
+_TUNED = 0.6
+"""Of the calls that a path takes, what rolling out, rating and learning from a picture of the embedded world cost: its
+siblings share most of a path, and learn from a step of it."""
 
 _TABLES = {"curves": CURVES, "rollouts": ROLLOUTS, "terms": TERMS}
 
@@ -150,6 +157,10 @@ class FinetuneConfig(TrainerSettings):
             self.mixture.check_gradient(self.algorithm.type)
         return self
 
+    def check_generator(self, dtype: str) -> None:
+        """Raises UserError where a generator with weights of `dtype` cannot be trained so."""
+        self.check_weights(dtype, algorithm_of(self.algorithm).needs_old)
+
     @property
     def trained(self) -> TrainerSettings:
         """As the trainer takes them: off-line each prompt is painted once, to measure on."""
@@ -175,7 +186,10 @@ def _depends(config: Any) -> dict[str, Any]:
     settings.mixture.check(config.reward, settings.algorithm.follows_reward)
     asked = "judge" in settings.rewarded or settings.refresh or (settings.watch and settings.watch.judge)
     return {
-        "version": 4,
+        "version": 5,
+        "seed": config.seed,
+        "generator": config.generator.depends(),
+        "prompts": config.prompts.depends(),
         "finetune": settings.model_dump(mode="json", exclude={"trackers"}),
         "judge": config.judge.depends() if asked else None,
         "rewards": settings.mixture.depends(),
@@ -186,29 +200,42 @@ def _depends(config: Any) -> dict[str, Any]:
 def _refreshed(config: Any) -> dict[str, Any]:
     """What a refresh depends on besides."""
     reward = config.reward.model_dump(mode="json", exclude={"backbone", "ensemble", *NO_INFLUENCE})
-    drawn = config.sample.model_dump(mode="json", include={"steps", "shift"})
+    drawn = config.sample.model_dump(mode="json", include={"steps", "shift", "sampler", "eta"})
     return {"prefer": config.prefer.model_dump(mode="json"), "reward": reward, "sample": drawn}
 
 
 def _work(config: Any) -> Work:
     settings: FinetuneConfig = config.finetune
-    images = settings.iterations * settings.groups * settings.trained.group_size
-    call = call_seconds(config)
-    seconds = images * settings.steps * call * 0.6
-    if not config.generator.ours:
-        told = settings.algorithm.model_dump()
-        learned = told.get("draws") or told.get("window") or settings.steps
-        seconds = images * (settings.steps * call + learned * call_seconds(config, learning=True))
+    images, call = settings.iterations * settings.groups * settings.trained.group_size, call_seconds(config)
+    told = settings.algorithm.model_dump()
+    rolled = calls(told.get("sampler", "ode"), settings.steps)
+    if config.generator.ours:
+        learning = images * _TUNED * rolled * call
+    elif call is not None:
+        algorithm = algorithm_of(settings.algorithm)
+        others = algorithm.needs_reference + algorithm.needs_old + algorithm.needs_average
+        learned = told.get("draws") or told.get("window") or told.get("last") or settings.steps
+        learning = images * (rolled * call + learned * (call_seconds(config, learning=True) + others * call))
+    else:
+        learning = None
+    judged = images if "judge" in settings.rewarded else 0
+    rated = images if settings.rewarded & {"model", "checkpoint"} else 0
+    painted = 0.0
     if refresh := settings.refresh:
         fresh = (settings.iterations - 1) // refresh.every * refresh.prompts * refresh.images
-        images += fresh
-        seconds += fresh * (config.sample.calls * call + JUDGE_SECONDS)
+        images, judged = images + fresh, judged + fresh
+        painted += fresh * config.sample.calls
     if watch := settings.watch:
         looked = (1 + -(-settings.iterations // watch.every)) * watch.prompts * (watch.images + 1)
-        images += looked
-        seconds += looked * (settings.steps * call + watch.judge * JUDGE_SECONDS)
-    dtype = config.generator.dtype if settings.dtype == "float32" else settings.dtype
-    return Work(images, seconds, dtype)
+        images, judged = images + looked, judged + looked * watch.judge
+        painted += looked * settings.steps
+    parts = {
+        "learning": learning,
+        "checks and refreshes": None if call is None else painted * call,
+        "the judge": judging_seconds(config.judge, judged) if judged else 0.0,
+        "the reward": 0.0 if embedded(config) or not rated else None,
+    }
+    return Work.of(images, parts, config.generator.dtype if settings.dtype == "float32" else settings.dtype)
 
 
 def _run(context: Context) -> None:
@@ -287,7 +314,7 @@ def _run(context: Context) -> None:
 def preferences_of(context: Context, generator: "models.Generator") -> Preferences:
     """The pairs of the run. Raises UserError where the generator does not paint pictures of their size."""
     pictures = pictures_of(context.inputs)
-    height, width = generator.pixels(torch.zeros(1, *generator.latent_shape, device=generator.device)).shape[-2:]
+    height, width = generator.pixel_shape
     for key in pictures.one_of_each_size():
         if (size := pictures(*key).shape[:2]) != (height, width):
             raise UserError(
@@ -295,23 +322,30 @@ def preferences_of(context: Context, generator: "models.Generator") -> Preferenc
                 f"generator paints {width} x {height}; scale them, or take online"
             )
     algorithm = context.config.finetune.algorithm
-    invert = _inversion(context) if isinstance(algorithm, DPOConfig) and algorithm.inversion else None
+    invert = _inversion(context, generator) if isinstance(algorithm, DPOConfig) and algorithm.inversion else None
     return Preferences(read_rows(context.inputs["prefer"]).to_list(), pictures, generator.latents, invert)
 
 
-def _inversion(context: Context) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
-    """From latents and their prompts to the noise from which the base model paints them."""
+def _inversion(
+    context: Context, generator: "models.Generator"
+) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+    """From latents and their prompts to the noise from which the base model paints them.
+
+    `generator`, which will be trained, is still that model. The copy that stays it shares all weights that are frozen.
+    """
     settings: FinetuneConfig = context.config.finetune
-    base = context.config.generator.build(str(context.accelerator.device))
-    times = base.times(settings.steps, settings.shift)
+    base = generator.copied(shared=settings.lora is not None)
+    with told("finetune"):
+        times = base.times(settings.steps, settings.shift)
 
     @torch.no_grad()
     def invert(latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         found = []
         for start in range(0, len(prompts), settings.batch):
             part = slice(start, start + settings.batch)
-            cond = base.encode(prompts[part])
-            found.append(models.invert(partial(base.predict, cond=cond), latents[part], times))
+            with told("finetune"):
+                cond = base.encode(prompts[part])
+            found.append(models.noise_of(partial(base.predict, cond=cond), latents[part], times, vp=base.vp))
         return torch.cat(found)
 
     return invert

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from judges.shapes.grammar import SKILLS, Prompt, change_one, sample_prompt, vocabulary
 from judges.shapes.oracle import gold
 from judges.shapes.render import SIZE, render, scene_of
-from models.codec import PATCH, Codec, to_images, to_pixels
+from models.codec import Autoencoder, to_images, to_pixels
 from models.generator import NativeGenerator, sample
 from models.keys import sample_key
 from models.layers import Backbone
@@ -93,18 +93,18 @@ class FlowConfig(Section):
     compile: bool = True
     optimisation: Optimisation = Optimisation()
 
-    def check(self, network: NetworkConfig) -> Backbone:
-        """The network without its weights. Raises ValueError where it does not take these sizes."""
+    def check(self, network: NetworkConfig, codec: Autoencoder) -> Backbone:
+        """The network for a codec's latents, without its weights. Raises ValueError where it does not take such."""
         if self.width % 32:
             raise ValueError(f"width: {self.width} is no multiple of 32, the width of a head")
         with torch.device("meta"):
-            return new_network(network.network, 1, SIZE // PATCH, self.width, self.depth, network.choices)
+            return new_network(network.network, codec, SIZE, self.width, self.depth, network.choices)
 
-    def new_generator(self, network: NetworkConfig, seed: int) -> NativeGenerator:
-        """Untrained; it depends on `seed` alone."""
+    def new_generator(self, network: NetworkConfig, seed: int, codec: Autoencoder | None = None) -> NativeGenerator:
+        """Untrained, but for the `codec` if there is one; it depends on `seed` alone."""
         sizes = self.width, self.depth, self.text_depth, self.max_tokens
         chosen = network.network, network.choices
-        return new_generator(vocabulary(), SIZE, *sizes, seed, self.objective.parametrisation, *chosen)
+        return new_generator(vocabulary(), SIZE, *sizes, seed, self.objective.parametrisation, *chosen, codec)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Gallery:
     latents: Tensor
 
 
-def gallery_of(codec: Codec, pictures: int, seed: int, progress: Progress) -> Gallery:
+def gallery_of(codec: Autoencoder, pictures: int, seed: int, progress: Progress) -> Gallery:
     prompts, latents = [], []
     with progress.track(pictures, "pictures", "gallery", 0) as advance:
         for start in range(0, pictures, 256):

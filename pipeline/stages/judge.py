@@ -8,12 +8,10 @@ import datasets
 import numpy as np
 
 from judges.base import Judge, Unavailable, Verdict
+from pipeline.pace import judging_seconds
 from pipeline.runner import Context, Stage, Work
 from pipeline.stages.sample import shards
 from pipeline.store import read_rows, write_rows
-
-JUDGE_SECONDS = 6e-3
-"""One picture and its questions for the embedded judge, on the reference machine."""
 
 FEATURES = datasets.Features(
     {
@@ -49,7 +47,7 @@ def _depends(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     images = config.sample.prompts * config.sample.images_per_prompt
-    return Work(images, images * JUDGE_SECONDS)
+    return Work.of(images, {"the judge": judging_seconds(config.judge, images)})
 
 
 def columns_of(verdict: Verdict) -> dict[str, Any]:

@@ -40,19 +40,22 @@ from judges.shapes.flaws import COLOUR_CLASSES, PATCH, SHAPE_CLASSES, Example, c
 from judges.shapes.grammar import change_one, sample_prompt, vocabulary
 from judges.shapes.lessons import answering_batch, contrast_batch, matching_batch, vision_examples
 from judges.shapes.questions import queries, question_vocabulary
-from judges.shapes.render import SIZE, Scene, render, scene_of
+from judges.shapes.render import SIZE, render, scene_of
 from judges.stage1 import stage1_losses
-from models.codec import Codec, codec_loss, to_images, to_pixels
+from models.codec import Autoencoder, Codec, codec_loss, load_codec, to_images, to_pixels
 from models.generator import NativeGenerator
 from models.keys import sample_key
 from models.text import word_tokenizer
+from pipeline.judging import told
 from pipeline.networks import MMDiTNetwork, NetworkConfig
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.settings import Section, dump
 from pipeline.stages.ablation import AblationJob, ablate
+from pipeline.stages.codec import CodecConfig, MeaningCodec, VAECodec, scenes_at, teach_vae
 from pipeline.stages.flow import FlowConfig, Optimisation, gallery_of, measured, run_task, train_flow
 from pipeline.store import atomic_write_text
 
+_OF_MEANING = ("codec_steps", "decoder_steps", "codec_lr", "meaning")
 TEXT_TOKENS = 16
 """To how many tokens a prompt is padded for image-text matching."""
 
@@ -60,11 +63,13 @@ TEXT_TOKENS = 16
 class GeneratorJob(FlowConfig):
     """A codec, then a network on its latents.
 
-    In the codec's loss `meaning` weighs how well shape, colour and place are read from the latents linearly; its
-    decoder then has `decoder_steps` alone, on less noise, to become crisp.
+    In the loss of the codec that carries it `meaning` weighs how well shape, colour and place are read from the latents
+    linearly; its decoder then has `decoder_steps` alone, on less noise, to become crisp. Other codecs have settings of
+    their own.
     """
 
     type: Literal["generator"]
+    codec: Annotated[CodecConfig, Field(discriminator="type")] = MeaningCodec()
     codec_steps: int = Field(3000, ge=1)
     decoder_steps: int = Field(2000, ge=1)
     codec_lr: float = Field(4e-3, gt=0)
@@ -73,7 +78,14 @@ class GeneratorJob(FlowConfig):
 
     @model_validator(mode="after")
     def _network_can_be_built(self) -> Self:
-        self.check(self.network)
+        self.check(self.network, self.codec.empty())
+        return self
+
+    @model_validator(mode="after")
+    def _codec_takes_its_settings(self) -> Self:
+        for field in _OF_MEANING:
+            if self.codec.type != "meaning" and getattr(self, field) != GeneratorJob.model_fields[field].default:
+                raise ValueError(f"{field}: is of the codec of type meaning, not of {self.codec.type}; leave it out")
         return self
 
 
@@ -140,23 +152,31 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
-    generator = job.new_generator(job.network, seed)
+    generator = job.new_generator(job.network, seed, job.codec.build(seed))
     codec = generator.codec
+    match job.codec:
+        case MeaningCodec():
+            _teach_meaning(job, codec, seed, folder, progress)
+        case VAECodec():
+            teach_vae(job.codec, codec, job.optimisation, seed, folder, progress)
+    codec.requires_grad_(False)
+    train_flow(job, generator, gallery_of(codec, job.pictures, seed, progress), seed, folder, progress)
+    generator.save_pretrained(out)
+    return measured(NativeGenerator.from_pretrained(out))
+
+
+def _teach_meaning(job: GeneratorJob, codec: Codec, seed: int, folder: Path, progress: Progress) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = DenseHead(codec.config.channels, SHAPE_CLASSES, COLOUR_CLASSES)
 
-    def scenes_at(task: str, step: int) -> list[Scene]:
-        rng = random.Random(sample_key(seed, task, step))
-        return [scene_of(sample_prompt(rng, "train"), rng, lattice=rng.random() < 0.7) for _ in range(64)]
-
     def codec_at(step: int) -> Tensor:
-        images, truths = dense_targets([clean(scene) for scene in scenes_at("codec", step)])
+        images, truths = dense_targets([clean(scene) for scene in scenes_at(seed, "codec", step)])
         loss, latents = codec_loss(codec, to_pixels(images), sample_key(seed, "codec noise", step))
         return loss + job.meaning * dense_loss(head, latents.flatten(2).mT, *truths)
 
     def decoder_at(step: int) -> Tensor:
-        pixels = to_pixels(render(scenes_at("decoder", step)))
+        pixels = to_pixels(render(scenes_at(seed, "decoder", step)))
         return codec_loss(codec, pixels, sample_key(seed, "decoder noise", step), most_noise=0.1)[0]
 
     slow = job.optimisation.model_copy(update={"lr": job.codec_lr})
@@ -165,10 +185,6 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
     codec.encoder.requires_grad_(False)
     decoder = {"decoder": codec.decoder}
     run_task("decoder", decoder_at, decoder, job.decoder_steps, job.decoder_steps // 2, slow, folder, progress)
-    codec.requires_grad_(False)
-    train_flow(job, generator, gallery_of(codec, job.pictures, seed, progress), seed, folder, progress)
-    generator.save_pretrained(out)
-    return measured(NativeGenerator.from_pretrained(out))
 
 
 def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
@@ -183,7 +199,8 @@ def _judge(job: JudgeJob, seed: int, folder: Path, out: Path, progress: Progress
         nn.init.normal_(matcher.query_tokens, std=0.02)
         nn.init.normal_(model.query_tokens, std=0.02)
 
-    codec = Codec.from_pretrained(Path(job.painter) / "codec").eval().requires_grad_(False)
+    with told("job"):
+        codec = load_codec(job.painter)
 
     def rng_at(task: str, step: int) -> random.Random:
         return random.Random(sample_key(seed, task, step))
@@ -256,7 +273,7 @@ def dense_targets(examples: Sequence[Example]) -> tuple[np.ndarray, list[Tensor]
     return np.stack([e.image for e in examples]), [torch.from_numpy(t) for t in truths]
 
 
-def repainted(codec: Codec, pixels: Tensor, share: float, key: int, most_noise: float = 0.3) -> Tensor:
+def repainted(codec: Autoencoder, pixels: Tensor, share: float, key: int, most_noise: float = 0.3) -> Tensor:
     """`pixels` (B, 3, S, S), the first `share` of them through the codec's latents with up to `most_noise`, rounded to
     the 256 levels of a picture: what is crisp in a rendering is a little off in a painted picture."""
     count = round(share * len(pixels))

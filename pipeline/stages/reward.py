@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from models.keys import sample_key
 from pipeline.judging import told
+from pipeline.pace import embedded
 from pipeline.pictures import pictures_of
 from pipeline.rewarding import BackboneConfig, BradleyTerryLoss, FrozenTower, LossConfig, TrainConfig
 from pipeline.runner import Context, Interrupted, Stage, Work
@@ -91,7 +92,8 @@ def _depends(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     pairs = config.prefer.most(config.sample.prompts, config.sample.images_per_prompt)
-    return Work(seconds=0.5 * pairs * config.reward.epochs / 32 * STEP_SECONDS)
+    seconds = 0.5 * pairs * config.reward.epochs / 32 * STEP_SECONDS
+    return Work.of(0, {"training": seconds if embedded(config) else None})
 
 
 def _run(context: Context) -> None:

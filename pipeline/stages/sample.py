@@ -1,7 +1,7 @@
 """The stage `sample`: pictures of the training prompts, several each, for a judge to compare."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 import datasets
@@ -12,40 +12,15 @@ from pydantic import Field, model_validator
 import models
 from models.keys import sample_key
 from models.samplers import calls
+from pipeline.forecast import fits
+from pipeline.judging import told
+from pipeline.pace import call_seconds
 from pipeline.prompts import PromptRow, draw_key
-from pipeline.runner import REFERENCE_SPEED, Context, Stage, Work, process_state
+from pipeline.runner import Context, Stage, Work
 from pipeline.settings import Section
 from pipeline.store import write_rows
 
 T = TypeVar("T")
-
-CALL_SECONDS = 1.5e-3
-"""One network call for one picture of the embedded generator, its share of decoding included, on the reference
-machine."""
-
-
-def call_seconds(config: Any, learning: bool = False) -> float:
-    """One network call for one picture, or one with its backward pass, on the reference machine; of the embedded
-    generator's where nothing else is known."""
-    if config.generator.ours:
-        return CALL_SECONDS
-    from pipeline import forecast  # diffusers takes seconds to import
-
-    return forecast.call_seconds(config, REFERENCE_SPEED, learning) or CALL_SECONDS
-
-
-def fits(stage: str) -> Callable[[Any], None]:
-    """Raises UserError, before any work, where `stage` takes more memory than this machine has."""
-
-    def check(config: Any) -> None:
-        if config.generator.ours:
-            return
-        from pipeline import forecast
-
-        forecast.check(config, stage, process_state().num_processes)
-
-    return check
-
 
 FEATURES = datasets.Features(
     {
@@ -81,6 +56,12 @@ class Painting(Section):
     def calls(self) -> int:
         """Of the network, for a picture."""
         return calls(self.sampler, self.steps)
+
+    def check(self, place: str, generator: "models.Generator", prompts: Iterable[str]) -> None:
+        """Raises UserError, beginning with `place`, where the generator takes no such steps, or no such prompt."""
+        with told(place):
+            generator.times(self.steps, self.shift)
+            generator.check(prompts)
 
     def paint(self, generator: "models.Generator", prompts: Sequence[str], keys: Sequence[int]) -> Iterator[np.ndarray]:
         """Pictures, one uint8 (H, W, 3) each, in order; `keys` decide their noise."""
@@ -135,7 +116,13 @@ def _depends(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     images = config.sample.prompts * config.sample.images_per_prompt
-    return Work(images, images * config.sample.calls * call_seconds(config), config.generator.dtype)
+    return Work.of(images, {"painting": painting_seconds(config, config.sample, images)}, config.generator.dtype)
+
+
+def painting_seconds(config: Any, settings: Painting, images: int) -> float | None:
+    """So many pictures by `settings`, on the reference machine."""
+    call = call_seconds(config)
+    return None if call is None else images * settings.calls * call
 
 
 def _run(context: Context) -> None:
@@ -156,6 +143,7 @@ def paint(
     """
     config = context.config
     settings: SampleConfig = config.sample
+    settings.check("sample", generator, (text for _, _, text in wanted))
     with context.progress.track(
         len(wanted), "images", "sample", _done(context, len(wanted), settings.shard)
     ) as advance:

@@ -38,6 +38,10 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
 )
 
 
+AS_THE_RUN = policy.importance_ratio, policy.low_precision
+"""Those on weights of the run's own dtype; the others take float32."""
+
+
 def doctor(config: Any, as_json: bool = False) -> bool:
     """Print a line for each check, or all as JSON; whether none is red.
 
@@ -80,8 +84,15 @@ def _all(context: Context, note: Callable[[str], None]) -> Iterator[Check]:
 def diagnosed(subject: Subject) -> Iterator[Check]:
     """Every check, in order. Every process must take all."""
     for check in CHECKS:
-        yield check(subject)
-        torch.cuda.empty_cache()
+        if subject.exact or check in AS_THE_RUN:
+            yield check(subject)
+            torch.cuda.empty_cache()
+    if not subject.exact:
+        yield Check.skipped(
+            "checks in float32",
+            "there is no room on this device for float32 weights beside the run's, in whose "
+            "rounding hides what these look for; take a larger device",
+        )
     found = forecast.measured(subject)
     yield forecast.memory(subject, found)
     yield forecast.seconds(subject, found)

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
@@ -43,6 +43,8 @@ from pipeline.summary import summary
 
 Format = Literal["diffusers", "comfyui", "merged"]
 _SAMPLES = "samples.png"
+_REFUSED = (401, 403, 404)
+"""What the hub answers to who may not write."""
 _TOLD = ["model", "prompt_id", "sample", "gold"]
 
 
@@ -199,6 +201,8 @@ def _check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"--push: {error}; write owner/name") from None
+    if "/" not in repo:
+        raise UserError(f"--push: {repo} names no owner; write owner/name")
 
 
 def _pushed(folder: Path, repo: str, message: str) -> str:
@@ -206,7 +210,14 @@ def _pushed(folder: Path, repo: str, message: str) -> str:
     try:
         hub.create_repo(repo, private=True, exist_ok=True)
         return str(hub.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"--push: {repo}: {error}; `hf auth login` with a token that may write, and try again"
-        ) from None
+    except (HTTPError, OSError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "`hf auth login` with a token that may write, and try again" if _refuses(error) else "try again"
+        raise UserError(f"--push: {repo}: {told}; {remedy}") from None
+
+
+def _refuses(error: Exception) -> bool:
+    """Whether it is about who may write, rather than a network or a disk."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _REFUSED
+    return isinstance(error, LocalTokenNotFoundError)

@@ -22,12 +22,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import save
 
 from judges.images import open_image
+from pipeline.forecast import fits
 from pipeline.judging import told
 from pipeline.loop import run_dir
 from pipeline.progress import Progress, quiet_libraries
-from pipeline.runner import process_state
+from pipeline.runner import process_state, states
 from pipeline.settings import UserError
-from pipeline.store import Artifact, atomic_write_bytes, atomic_write_text
+from pipeline.stages import STAGES
+from pipeline.store import atomic_write_bytes, atomic_write_text
 
 if TYPE_CHECKING:
     from models.generator import Generator
@@ -62,8 +64,10 @@ def invert(config: Any, image: str | Path, prompt: str, to: str | Path | None = 
     A picture of another size than the generator's is cropped around its centre and scaled.
 
     Raises:
-        UserError: the picture cannot be read, or the settings do not suit the generator.
+        UserError: the picture cannot be read, the settings do not suit the generator, or it takes more memory than
+            there is.
     """
+    fits("invert")(config)
     quiet_libraries()
     progress, device, settings = Progress(), str(process_state().device), config.invert
     try:
@@ -74,8 +78,9 @@ def invert(config: Any, image: str | Path, prompt: str, to: str | Path | None = 
     with told("invert"):
         times = base.times(settings.steps, settings.shift)
     original = _fitted(picture, base)
-    latents, cond = base.latents(original[None]), base.encode([prompt])
+    latents = base.latents(original[None])
     with told("invert"):
+        cond = base.encode([prompt])
         noise = method.invert(partial(base.predict, cond=cond), latents, times, base.vp)
     if not noise.first.isfinite().all():
         raise UserError(f"invert.method: {settings.method} found nothing finite; raise invert.steps, or take ddim")
@@ -84,13 +89,12 @@ def invert(config: Any, image: str | Path, prompt: str, to: str | Path | None = 
         return generator.decode(method.paint(partial(generator.predict, cond=cond), noise, times, generator.vp))[0]
 
     again, coded = painted(base), base.decode(latents)[0]
-    tuned = Artifact(run_dir(config) / "finetune")
-    version = None
-    if tuned.manifest:
-        del base  # two generators at once may not fit
-        version = painted(config.generator.build(device, tuned.folder / config.finetune.kept_folder))
+    learned, version = _learned(config), None
+    if learned:
+        base.to("cpu")  # two generators at once may not fit
+        version = painted(config.generator.tuned(base, learned).to(device))
     else:
-        progress.say(f"{tuned.folder}: nothing was tuned yet, so its version is left out")
+        progress.say(f"{run_dir(config)}: holds no result of finetune for these settings, so its version is left out")
     found = Found(
         image=str(image),
         prompt=prompt,
@@ -108,6 +112,13 @@ def invert(config: Any, image: str | Path, prompt: str, to: str | Path | None = 
     for name in ("latents.safetensors", "invert.json", "invert.png"):
         progress.say(str(folder / name))
     return found
+
+
+def _learned(config: Any) -> Path | None:
+    """The folder of what the run tuned, where that stands, whole and by these settings."""
+    folder = run_dir(config)
+    standing = [entry.stage.name for entry in states(config, STAGES, folder) if entry.state == "reuse"]
+    return folder / "finetune" / config.finetune.kept_folder if "finetune" in standing else None
 
 
 def psnr(original: np.ndarray, other: np.ndarray) -> float | None:
@@ -137,8 +148,7 @@ def sheet(panels: Sequence[tuple[np.ndarray, Sequence[str]]]) -> Image.Image:
 
 def _fitted(picture: np.ndarray, generator: "Generator") -> np.ndarray:
     """In the size that the generator paints."""
-    blank = torch.zeros(1, *generator.latent_shape, device=generator.device)
-    height, width = generator.pixels(blank).shape[-2:]
+    height, width = generator.pixel_shape
     if picture.shape[:2] == (height, width):
         return picture
     return np.array(ImageOps.fit(Image.fromarray(picture), (width, height), Image.Resampling.LANCZOS))

@@ -14,7 +14,7 @@ from pipeline.stages import STAGES
 
 
 def plan(config: Any, run_dir: Path, memory: float | None = None, rate: float | None = None) -> None:
-    """Print the stages with their time, and what each holds in memory; change nothing.
+    """Print the stages with their time, and what each holds in memory, on the main process; change nothing.
 
     Args:
         memory: GiB, and rate: 1e12 matmul operations a second, of another device to plan for.
@@ -22,8 +22,11 @@ def plan(config: Any, run_dir: Path, memory: float | None = None, rate: float | 
     Raises:
         UserError: a stage takes more memory than there is.
     """
+    process = process_state()
+    if not process.is_main_process:
+        return
     quiet_libraries()
-    console, processes = Console(), process_state().num_processes
+    console, processes = Console(), process.num_processes
     print_plan(states(config, STAGES, run_dir), console, rate and rate * 1e12)
     room = round(memory * forecast.GIB) if memory else forecast.device_memory(processes)
     try:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.codec import PATCH, to_pixels
+from models.codec import to_pixels
 from models.generator import Conditioning, NativeGenerator
 from models.keys import sample_key
 from models.paths import noised
@@ -66,16 +66,19 @@ class LatentReward(RewardModel):
         return cls(generator, _head(generator.transformer.config.width, seed), most_noise)
 
     def pixels(self, images: Sequence[Picture]) -> Tensor:
-        side = PATCH * self.transformer.config.size
         pictures = [np.asarray(image) for image in images]
         for picture in pictures:
-            if picture.shape != (side, side, 3):
-                height, width = picture.shape[:2]
-                raise ValueError(f"image: {width} x {height} pixels, the reward model reads {side} x {side}")
+            self._check(*picture.shape[:2])
         return to_pixels(np.stack(pictures))
 
     def read(self, pictures: Tensor) -> Tensor:
+        self._check(*pictures.shape[2:])
         return pictures
+
+    def _check(self, height: int, width: int) -> None:
+        """Raises ValueError where pictures are not of the size that the generator was trained on."""
+        if (height, width) != (shape := self.generator.pixel_shape):
+            raise ValueError(f"image: {width} x {height} pixels, the reward model reads {shape[1]} x {shape[0]}")
 
     def look(self, pixels: Tensor) -> Tensor:
         """Latents (B, C, S, S)."""
