@@ -348,9 +348,7 @@ class NativeGenerator(Generator):
         The mean of the normalised image tokens after the last block, and the time and text that modulated them.
         """
         times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
-        x, times = self.parametrisation.inputs(x_t, times)
-        tokens, modulation = self.transformer.hidden(x, times, cond.tokens)  # (B, N, W), (B, W)
-        return torch.stack([self.transformer.norm_out(tokens).mean(1), modulation], 1)
+        return self.transformer(*self.parametrisation.inputs(x_t, times), cond.tokens, features=True)
 
     def pixels(self, latents: Tensor) -> Tensor:
         return self.codec.decode(latents).clamp(-1, 1)

@@ -285,8 +285,12 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shift, scale = self.modulation_out(c)[:, None].chunk(2, -1)
         return self.patch_out(self.norm_out(x) * (1 + scale) + shift)
 
-    def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, t: Tensor, text: Tensor, features: bool = False) -> Tensor:
+        """The prediction (B, C, H, W), or its `features` (B, 2, W) instead: the mean of the normalised image tokens
+        after the last block, and what of time and text modulates them."""
         x, c = self.hidden(latents, t, text)
+        if features:
+            return torch.stack([self.norm_out(x).mean(1), c], 1)
         patch = self.config.patch
         return unpatched(self.head(x, c), patch, latents.shape[2] // patch)
 

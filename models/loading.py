@@ -32,12 +32,17 @@ _OF_ALL = ("resolution", "guidance", "negative")
 
 
 def load_generator(
-    checkpoint: str | Path, lora: str | Path | None = None, device: str = "cpu", options: Options = _OWN
+    checkpoint: str | Path,
+    lora: str | Path | None = None,
+    device: str = "cpu",
+    options: Options = _OWN,
+    waits: bool = False,
 ) -> Generator:
     """A generator ready to sample from, with the LoRA in the folder `lora` merged into its weights if given.
 
     Where `lora` holds a whole network, it takes the place of the generator's. `options` are those of a diffusers
-    pipeline; a generator of ours takes the resolution and the guidance alone.
+    pipeline; a generator of ours takes the resolution and the guidance alone. One that `waits` for `device` stays in
+    main memory, for whoever brings it there in parts.
 
     Raises:
         ValueError: the family is not known, or an option or the adapter does not suit it; the message begins with the
@@ -47,7 +52,7 @@ def load_generator(
     generator = _loaded(str(checkpoint), device, options)
     if lora is not None:
         _learn(generator, Path(lora))
-    return generator.to(device)
+    return generator if waits else generator.to(device)
 
 
 def tuned(generator: Generator, lora: str | Path) -> Generator:

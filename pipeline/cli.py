@@ -81,12 +81,13 @@ def plan(
     overrides: Overrides = None,
     memory: Annotated[float | None, typer.Option(help="GiB of a device's, to plan for that one.")] = None,
     rate: Annotated[float | None, typer.Option(help="Its matmul rate in 1e12 operations a second.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Of a launch on several devices, to plan for.")] = None,
 ) -> None:
     """Show what a run would do, about how long it takes and how much memory; exit code 2 where it does not fit."""
     settings, run_dir = _settings(config, overrides)
     from pipeline.verbs.plan import plan as show
 
-    show(settings, run_dir, memory, rate)
+    show(settings, run_dir, memory, rate, processes)
 
 
 @app.command()

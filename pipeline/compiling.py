@@ -50,10 +50,11 @@ def compile_module(module: nn.Module, device: torch.device) -> bool:
     return True
 
 
-def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Those in long lists of its own, for networks of diffusers that do not name theirs (SD3, Sana, PixArt, DiT)."""
+def repeated_blocks(module: nn.Module, least: int = _MANY) -> list[nn.Module]:
+    """Those in lists of its own, of `least` or more, for networks of diffusers that do not name theirs (SD3, Sana,
+    PixArt, DiT)."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-    return [block for each in lists if len(each) >= _MANY for block in each]
+    return [block for each in lists if len(each) >= least for block in each]
 
 
 def filled_to(rows: int, batch: int) -> int:

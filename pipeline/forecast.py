@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import models
+from pipeline.compiling import repeated_blocks
 from pipeline.judging import EnsembleJudge, ServerModel
 from pipeline.rl.settings import LoraSettings
 from pipeline.runner import process_state
@@ -202,10 +203,21 @@ class Painter:
         return scale != 1
 
     @property
+    def network(self) -> nn.Module:
+        """In the dtype of its weights."""
+        return _network(self._settings.checkpoint, self._settings.revision, getattr(torch, self._settings.dtype))
+
+    @property
     def weights(self) -> int:
         """Bytes of the network."""
-        place = self._settings.checkpoint, self._settings.revision
-        return models.metering.size(_network(*place, getattr(torch, self._settings.dtype)))
+        return models.metering.size(self.network)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of the network that are whole at a time where it is sharded: a block and the next, and what is in no
+        block."""
+        blocks = sorted(map(models.metering.size, repeated_blocks(self.network, 1)))
+        return self.weights - sum(blocks) + sum(blocks[-2:])
 
     @property
     def encoders(self) -> int:
@@ -230,8 +242,7 @@ class Painter:
 
     def painting(self, pictures: int) -> "Cost":
         """A call of the network for so many pictures, without a gradient."""
-        network = _network(self._settings.checkpoint, self._settings.revision, getattr(torch, self._settings.dtype))
-        return self._asked(network, pictures, learning=False)
+        return self._asked(self.network, pictures, learning=False)
 
     def learning(self, pictures: int) -> "Cost":
         """A call and its backward pass, as `finetune` makes them."""
@@ -240,12 +251,11 @@ class Painter:
     @property
     def trained(self) -> int:
         """How many numbers are trained: a B A of each target's weight, or all."""
-        network = _network(self._settings.checkpoint, self._settings.revision, getattr(torch, self._settings.dtype))
         if self._adapter is None:
-            return sum(weight.numel() for weight in network.parameters())
+            return sum(weight.numel() for weight in self.network.parameters())
         rank, targets = self._adapter
         ends = tuple(f".{target}" for target in targets)
-        shapes = [layer.weight.shape for name, layer in network.named_modules() if f".{name}".endswith(ends)]
+        shapes = [layer.weight.shape for name, layer in self.network.named_modules() if f".{name}".endswith(ends)]
         return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
 
     @property
@@ -311,8 +321,8 @@ def _painting(
 
 
 def _finetune(config: Any, painter: Painter, kept: _Kept, processes: int) -> Need:
-    """The weights, those of the twin that rolls out, and what is trained: in float32, with a gradient, two moments of
-    AdamW and an average."""
+    """The weights, or where they are sharded a share of them and what is gathered; those of the twin that rolls out;
+    and what is trained: in float32, with a gradient, two moments of AdamW and an average."""
     settings = config.finetune
     asks = "judge" in settings.rewarded or settings.refresh or (settings.watch and settings.watch.judge)
     pictures = -(-settings.groups * settings.trained.group_size // processes)
@@ -326,6 +336,8 @@ def _finetune(config: Any, painter: Painter, kept: _Kept, processes: int) -> Nee
         "judge": kept.judge if asks else 0,
         "reward": (kept.reward if "model" in settings.rewarded else 0) + kept.terms,
     }
+    if settings.shards(processes):
+        held |= {"network": -(-painter.weights // processes), "gathered": painter.gathered}
     if whole and settings.keep_base:
         held["base"] = painter.weights
     phases = {
@@ -431,14 +443,16 @@ class Remedy:
 
 def remedy(config: Any, stage: str, memory: int, processes: int) -> Remedy:
     """One after another those that make `stage` smaller, the ones that cost least first, until it fits."""
-    found, chosen = need_of(config, stage, processes, memory), {}
-    for name, value, changed in _smaller(config, stage):
+    found, best, chosen = need_of(config, stage, processes, memory), config, {}
+    for name, value, changed in _smaller(config, stage, processes, memory):
         if found.total <= memory:
             break
-        tried = changed(config)
+        tried = changed(best)
         if _loads(tried) and (need := need_of(tried, stage, processes, memory)).total < found.total:
-            config, found = tried, need
+            best, found = tried, need
             chosen[name] = value
+    if "finetune.shard" in chosen and config.finetune.twin is None:
+        chosen.pop("finetune.twin", None)  # beside shards there is none anyway
     return Remedy(tuple(f"{name}={value}" for name, value in chosen.items()), found)
 
 
@@ -451,8 +465,11 @@ def _loads(config: Any) -> bool:
     return True
 
 
-def _smaller(config: Any, stage: str) -> Iterator[tuple[str, str, Any]]:
-    """Settings to try: name, value, and what makes of a config one with it."""
+def _smaller(config: Any, stage: str, processes: int, memory: int) -> Iterator[tuple[str, str, Any]]:
+    """Settings to try: name, value, and what makes of a config one with it.
+
+    A network that takes most of a device is sharded before batches become small, another one only after that.
+    """
     section = getattr(config, stage)
 
     def to(part: str, **values: Any) -> Any:
@@ -463,9 +480,13 @@ def _smaller(config: Any, stage: str) -> Iterator[tuple[str, str, Any]]:
     ours = config.generator.ours
     if not ours:
         yield "generator.offload", "true", to("generator", offload=True)
+    shards = stage == "finetune" and processes > 1
+    sharded = "finetune.shard", "true", to("finetune", shard=True)
     if stage == "finetune":
         yield "finetune.gradient_checkpointing", "true", to("finetune", gradient_checkpointing=True)
         yield "finetune.twin", "false", to("finetune", twin=False)
+    if shards and 2 * Painter(config).weights > memory:
+        yield sharded
     batch = getattr(section, "batch", 1) // 2
     while batch:
         yield f"{stage}.batch", str(batch), to(stage, batch=batch)
@@ -478,6 +499,8 @@ def _smaller(config: Any, stage: str) -> Iterator[tuple[str, str, Any]]:
         if section.lora is None:
             yield "finetune.keep_base", "false", to("finetune", keep_base=False)
             yield "finetune.lora", "{}", to("finetune", lora=LoraSettings())
+        if shards:
+            yield sharded
         rank = section.lora.rank // 2 if section.lora else 0
         while rank:
             smaller = section.lora.model_copy(update={"rank": rank})

@@ -88,14 +88,15 @@ class GeneratorConfig(Section):
         identity = checkpoint_id(self.checkpoint)
         return {"checkpoint": identity, **settings} if settings else identity
 
-    def build(self, device: str, lora: Path | None = None) -> "Generator":
-        """The generator on `device`, with the adapter, or the whole network, in the folder `lora` if given.
+    def build(self, device: str, lora: Path | None = None, waits: bool = False) -> "Generator":
+        """The generator on `device`, with the adapter, or the whole network, in the folder `lora` if given; or where it
+        `waits`, in main memory.
 
         Raises:
             UserError: a setting does not suit it, or a part of it is missing.
         """
         with told("generator"):
-            return models.load_generator(self.checkpoint, lora, device, self._options())
+            return models.load_generator(self.checkpoint, lora, device, self._options(), waits)
 
     def tuned(self, base: "Generator", lora: Path) -> "Generator":
         """A second generator beside `base`, which these settings built, with the adapter, or the whole network, in the

@@ -271,20 +271,24 @@ def seconds(run_dir: str | Path) -> dict[str, float]:
     return {stage: spent.get((stage, digest), 0.0) for stage, digest in latest.items()}
 
 
-def print_plan(found: Sequence[StageState], console: Console, speed: float | None = None) -> None:
+def print_plan(
+    found: Sequence[StageState], console: Console, speed: float | None = None, processes: int | None = None
+) -> None:
     """Show what a run would do and how long it may take here; measures this machine for 0.2 seconds a dtype.
 
     Args:
         speed: that of another machine, matmul operations a second, to plan for.
+        processes: of another launch, to plan for.
     """
     process = process_state()
+    processes = processes or process.num_processes
     todo = [entry for entry in found if entry.state != "reuse"]
 
     def seconds(work: Work) -> float | None:
         if not work.seconds:
             return work.seconds
         rate = speed or _speed(process.device, work.dtype)
-        return work.seconds * REFERENCE_SPEED / rate / process.num_processes
+        return work.seconds * REFERENCE_SPEED / rate / processes
 
     table = Table("stage", "state", "images", "time", show_footer=True)
     for column in table.columns[2:]:

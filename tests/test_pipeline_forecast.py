@@ -269,7 +269,7 @@ def test_what_is_proposed_suits_the_other_settings(config_at):
         assert not [setting for setting in found if setting.startswith("generator.")]
         assert ("finetune.keep_base=false" in found) == (name == "alone")
         assert load(Config, path, found)
-    assert "finetune.lora" in [name for name, *_ in forecast._smaller(load(Config, path), "finetune")]
+    assert "finetune.lora" in [name for name, *_ in forecast._smaller(load(Config, path), "finetune", 1, 1)]
     large = load(Config, config_at("adapter", finetune={"lora": {"rank": 64}}))
     assert "finetune.lora.rank=1" in forecast.remedy(large, "finetune", 1, 1).settings
 

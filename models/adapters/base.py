@@ -267,8 +267,8 @@ class DiffusersGenerator(Generator):
     def features(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
         """The mean of the normalised image tokens after the last block, and the time and text that modulate them."""
         last = self._last_norm
-        [((tokens, modulation), _)] = self.heard([last], x_t, t, cond)  # (B, N, W), (B, W)
-        return torch.stack([last.norm(tokens).mean(1), last.silu(modulation)], 1)
+        (_, tokens), (_, modulation) = self.heard([last.norm, last.silu], x_t, t, cond)  # (B, N, W), (B, W)
+        return torch.stack([tokens.mean(1), modulation], 1)
 
     def heard(
         self, modules: Sequence[nn.Module], x_t: Tensor, t: float | Tensor, cond: Conditioning

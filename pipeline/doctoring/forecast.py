@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.geometry import Unknown
 from pipeline.doctoring.check import Check
-from pipeline.doctoring.subject import GROUPS, Recorded, Subject
+from pipeline.doctoring.subject import Recorded, Subject
 from pipeline.forecast import GIB, device_memory, needs, remedy, told
 from pipeline.progress import duration
 from pipeline.rl.policy import WholePolicy
@@ -86,7 +86,7 @@ def measured(subject: Subject) -> Measured:
     trainer.iterate(subject.prompts)
     recorded.asked.clear()
     weights = [p for module in _modules(subject, trainer) for p in module.parameters()]
-    with Saved(weights) as saved:
+    with Saved([] if trainer.sharded else weights) as saved:
         started = time.monotonic()
         trainer.iterate(subject.prompts)
         seconds = time.monotonic() - started
@@ -112,17 +112,18 @@ def memory(subject: Subject, found: Measured) -> Check:
     """Weights, and for each that is trained its gradient, two moments of AdamW and an average; and the activations of
     the largest batch."""
     settings = subject.config.finetune
-    processes = len(subject.prompts) // GROUPS
+    if subject.sharded:
+        return Check.skipped(MEMORY, f"weights come and go where they are sharded; see {STAGES}")
     most = found.inputs * settings.groups / found.groups
     activations = found.activations * max(1.0, min(settings.batch, most) / found.inputs)
     parts = {"weights": found.weights, "gradients, optimiser and average": found.trained, "activations": activations}
     split = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in parts.items())
-    room = device_memory(processes)
+    room = device_memory(subject.processes)
     return Check.at_most(
         MEMORY,
         sum(parts.values()) / GIB,
         room / GIB,
-        _smaller(subject.config, room, processes),
+        _smaller(subject.config, room, subject.processes),
         f"GiB a process at least: {split}",
     )
 

@@ -1,7 +1,7 @@
 """The run as it is examined: its own generator, adapter, algorithm and reward, with a few prompts and siblings.
 
 Every check trains a policy of its own on a copy of the generator, so that none sees what another did. Copies share the
-weights that are frozen.
+weights that are frozen, where these are not sharded.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.trainer import Iteration, Trainer
 from pipeline.runner import Context, states
 from pipeline.settings import UserError
+from pipeline.sharding import shard
 from pipeline.stages import STAGES
 from pipeline.stages.finetune import FinetuneConfig, preferences_of
 from pipeline.store import Artifact
@@ -83,8 +84,8 @@ class Subject:
     Attributes:
         config: of the run. `settings` are those of its trainer, shrunk, and in float32.
         generator: that of the run with float32 weights, in which a difference is a bug and no rounding; the run's own
-            where the device has no room for them.
-        own: that of the run as it is. No check changes either.
+            where the device has no room for them, or where weights are sharded.
+        own: that of the run as it is, where weights are sharded whole and in main memory. No check changes either.
         reward: that of the run.
         prompts: one for each group of all processes.
         preferences: what an off-line algorithm learns from.
@@ -102,6 +103,15 @@ class Subject:
     def exact(self) -> bool:
         """Whether there are float32 weights to examine."""
         return self.generator.dtype == torch.float32
+
+    @property
+    def processes(self) -> int:
+        return len(self.prompts) // GROUPS
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are shared out over the processes."""
+        return self.settings.shards(self.processes)
 
     @property
     def algorithm(self) -> AlgorithmConfig:
@@ -135,9 +145,9 @@ class Subject:
         self, reward: Mixture | None = None, algorithm: Algorithm | None = None, own: bool = False, **settings: Any
     ) -> Trainer:
         """A trainer before its first iteration, by default with the reward `drawn`, on `generator` or on `own`."""
-        generator = self.own if own else self.generator
+        generator = self.own if own or self.sharded else self.generator
         return Trainer(
-            generator.copied(shared=self.settings.lora is not None),
+            generator.copied(shared=self.settings.lora is not None and not self.sharded),
             reward or self.drawn,
             algorithm or self.made(),
             self.settings.model_copy(update=settings),
@@ -212,9 +222,12 @@ def examined(config: Any, context: Context, say: Callable[[str], None]) -> Subje
     changes = {"groups": GROUPS * ranks, "group_size": _siblings(settings), "updates": 1, "max_grad_norm": 1e9}
     changes |= {"compile": False, "dtype": "float32", "twin": settings.has_twin(config.generator.dtype)}
     small = settings.model_copy(update=changes)
-    context = _standing(config.model_copy(update={"finetune": small}), context)
-    own = config.generator.build(str(context.accelerator.device))
-    generator = own.in_float32() if _exact_fits(config, small, ranks) else own
+    context, device = _standing(config.model_copy(update={"finetune": small}), context), context.accelerator.device
+    own = config.generator.build(str(device), waits=settings.shards(ranks))
+    if settings.shards(ranks):
+        generator = _sharded(own, device)
+    else:
+        generator = own.in_float32() if _exact_fits(config, small, ranks) else own
     preferences = None
     if settings.algorithm.offline:
         if "prefer" not in context.inputs:
@@ -228,6 +241,13 @@ def examined(config: Any, context: Context, say: Callable[[str], None]) -> Subje
         raise UserError(f"prompts: doctor takes {GROUPS * ranks}, but there are only {len(prompts)}; add some")
     reward = _reward(config, context, say)
     return Subject(config, small.trained, generator, own, reward, tuple(prompts), preferences)
+
+
+def _sharded(generator: Generator, device: torch.device) -> Generator:
+    """A copy on `device`, its weights shared out; the transformer of `generator` stays in main memory."""
+    other = generator.copied()
+    shard(other.transformer, device)
+    return other.to(device)
 
 
 def _exact_fits(config: Any, settings: FinetuneConfig, ranks: int) -> bool:

@@ -28,6 +28,7 @@ from pipeline.prompts import PromptRow, PromptSource, draw_key
 from pipeline.rl.checks import Seen
 from pipeline.rl.rollout import Plan, rollout
 from pipeline.rl.trainer import Trainer
+from rewards.backbones.base import filled
 from rewards.hacking import Measured
 from rewards.shortcuts import table
 
@@ -100,16 +101,22 @@ def painted(trainer: Trainer, mine: Sequence[Wanted], seed: int, siblings: int) 
     prompts, which come first, say of the KL, which is the mean of that in nats. The policy is `trainer.averaged`."""
     generator, settings = trainer.generator, trainer.settings
     plan = Plan.ode(trainer.times, siblings=1)
-    ids = [f"{one.prompt.id}/{one.sample}" for one in mine]
+    held = sum(one.held_out for one in mine)
+    # The first stands in for what other processes have more.
+    most, most_held = trainer.most([len(mine), held])
+    rows, held_rows = filled(torch.arange(len(mine)), most), filled(torch.arange(held), most_held)
+    asked = [mine[row] for row in rows.tolist()]
+    ids = [f"{one.prompt.id}/{one.sample}" for one in asked]
     with trainer.averaged():
         with told("finetune"):
-            cond = generator.encode([one.prompt.text for one in mine])
+            cond = generator.encode([one.prompt.text for one in asked])
         predict = trainer.predict(trainer.plain)
         rolled = rollout(generator, predict, cond, ids, (seed, "watch"), plan, settings.batch)
         # In another order of memory sums would round otherwise than those of pictures read from a file.
-        images = np.ascontiguousarray(rolled.images)
-        held = [one for one in mine if one.held_out]
-        return images, list(divergences(trainer, rolled.latents[: len(held)], cond, held, seed, siblings))
+        images = np.ascontiguousarray(rolled.images[: len(mine)])
+        asked = [mine[row] for row in held_rows.tolist()]
+        found = divergences(trainer, rolled.latents[held_rows], cond[held_rows], asked, seed, siblings)
+        return images, list(found)[:held]
 
 
 def divergences(

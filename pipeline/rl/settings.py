@@ -58,8 +58,11 @@ class TrainerSettings(Section):
         dtype: in which the transformer computes, by autocast; weights, log-probabilities and losses are float32.
         gradient_checkpointing: compute the transformer's blocks once more for the gradient rather than keep them.
         twin: a copy of the transformer, with the adapter merged into it, rolls out, which is faster; without one the
-            transformer that learns rolls out itself, in half the memory. Where it is null there is one beside float32
-            weights alone, as merged into coarser ones an adapter is lost to rounding.
+            transformer that learns rolls out itself, in half the memory. Where it is null there is one beside whole
+            float32 weights alone: merged into coarser ones an adapter is lost to rounding.
+        shard: share the frozen weights out over all processes, each of which gathers a block at a time, so that a
+            transformer which does not fit on one device can be tuned; one process keeps them all. Takes an adapter and
+            no twin.
         batch: pictures a network call, and so many are decoded at a time.
         overlap: lots in which the groups of an iteration are rolled out; one is rated while the next is rolled out,
             which pays where a server is the judge.
@@ -83,9 +86,14 @@ class TrainerSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     twin: bool | None = None
+    shard: bool = False
     batch: int = Field(256, ge=1)
     overlap: int = Field(1, ge=1)
     compile: bool = False
+
+    def shards(self, processes: int) -> bool:
+        """Whether frozen weights are shared out among so many."""
+        return self.shard and processes > 1
 
     @model_validator(mode="after")
     def _every_update_has_a_group(self) -> Self:
@@ -101,9 +109,22 @@ class TrainerSettings(Section):
             raise ValueError("compile: what is compiled is the twin; set finetune.twin to true, or compile to false")
         return self
 
+    @model_validator(mode="after")
+    def _frozen_weights_are_sharded(self) -> Self:
+        if self.shard and self.lora is None:
+            raise ValueError("shard: without an adapter no weight is frozen; set finetune.lora, or shard to false")
+        if self.shard and self.twin:
+            raise ValueError("shard: a twin is whole on every process; set finetune.twin to null, or shard to false")
+        if self.shard and self.compile:
+            raise ValueError(
+                "shard: what is compiled is the twin, and beside shards there is none; set finetune.compile to false, "
+                "or shard to false"
+            )
+        return self
+
     def has_twin(self, dtype: str) -> bool:
         """Whether a twin rolls out, where the transformer's weights are of `dtype`."""
-        return dtype == "float32" if self.twin is None else self.twin
+        return dtype == "float32" and not self.shard if self.twin is None else self.twin
 
     def check_weights(self, dtype: str, needs_old: bool) -> None:
         """Raises UserError where weights of `dtype` cannot be trained so; `needs_old` is the algorithm's."""
@@ -124,7 +145,8 @@ class TrainerSettings(Section):
                 "false, or generator.dtype to float32"
             )
         if needs_old and self.updates > 1 and not self.has_twin(dtype):
-            remedy = "set it to true" if exact else "set generator.dtype to float32"
+            alone = "set finetune.shard to false" if self.shard else "set it to true"
+            remedy = alone if exact else "set generator.dtype to float32"
             raise UserError(
                 "finetune.twin: the algorithm asks the policy that rolled out, which over several updates a twin alone "
                 f"remembers; {remedy}, or finetune.updates to 1"

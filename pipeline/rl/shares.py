@@ -53,17 +53,26 @@ class Share:
         return [groups[number] for number in self.group_numbers]
 
 
-def share_of(groups: int, group_size: int, ranks: int, rank: int, whole: bool = False) -> Share:
+def share_of(groups: int, group_size: int, ranks: int, rank: int, whole: bool = False, even: bool = False) -> Share:
     """The share that leaves the busiest process the fewest pictures; of equal ones that with the wholest groups.
 
     Args:
         whole: no group may be shared by several processes.
+        even: all processes must have as many groups, and of each as many siblings.
 
     Raises:
-        UserError: there is none in which every process has something to do.
+        UserError: there is none in which every process has something to do, or none that is even.
     """
     rows = [rows for rows in range(1, ranks + 1) if ranks % rows == 0 and rows <= (1 if whole else group_size)]
     grids = [(ranks // each, each) for each in rows if ranks // each <= groups]
+    if even:
+        grids = [grid for grid in grids if groups % grid[0] == 0 and group_size % grid[1] == 0]
+    if even and not grids:
+        remedy = "" if whole else f", or finetune.group_size one of {ranks}"
+        raise UserError(
+            f"finetune.groups: finetune.shard takes as many pictures on every process, and {groups} groups of "
+            f"{group_size} cannot be shared out evenly over {ranks}; make it a multiple of {ranks}{remedy}"
+        )
     if not grids:
         remedy = "" if whole else f", or finetune.group_size {max(ranks, group_size)} or more"
         raise UserError(

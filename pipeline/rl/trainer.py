@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from pipeline.rl.rollout import Rollout, joined, rollout
 from pipeline.rl.settings import TrainerSettings
 from pipeline.rl.shares import Share, assembled, share_of
 from pipeline.settings import UserError
+from pipeline.sharding import shard
 from pipeline.training import Average, load_state, save_state, trapezoid
 from rewards.backbones.base import filled
 from rewards.gradients import Gradient
@@ -95,6 +97,9 @@ class Trainer:
     merged into it, it is faster than base and adapter side by side, and the base weights stay exact. Where there is no
     twin (`TrainerSettings.twin`), `plain` is `tuned` itself.
 
+    Where the network is `sharded`, every call of it is one of all processes: they roll out even shares, and a
+    process with less to learn from makes up for it by pieces without weight. The generator may wait in main memory.
+
     Args:
         measured: whether somebody beside the algorithm asks for the base model.
 
@@ -119,7 +124,8 @@ class Trainer:
         plan = algorithm.rollout_plan(seed, 0, self.times, settings.group_size)
         whole = algorithm.whole_groups or not plan.divisible
         size = settings.groups, settings.group_size, accelerator.num_processes
-        self.shares = [share_of(*size, rank, whole) for rank in range(accelerator.num_processes)]
+        self.sharded = settings.shards(accelerator.num_processes)
+        self.shares = [share_of(*size, rank, whole, self.sharded) for rank in range(accelerator.num_processes)]
         self.share = self.shares[accelerator.process_index]
         dtype = str(generator.dtype).removeprefix("torch.")
         settings.check_weights(dtype, algorithm.needs_old)
@@ -129,6 +135,9 @@ class Trainer:
         self.policy = policy_of(generator, settings, needs_base, seed)
         self.tuned: nn.Module = self.policy.network
         self.plain: nn.Module = self.tuned if twin is None else twin
+        if self.sharded:
+            shard(self.tuned, accelerator.device)
+            generator.to(accelerator.device)
         if settings.gradient_checkpointing:
             self.tuned.enable_gradient_checkpointing()
         self.trained = [p for p in self.tuned.parameters() if p.requires_grad]
@@ -141,7 +150,7 @@ class Trainer:
             self.optimizer.add_param_group({"params": list(part.module.parameters()), "lr": part.learning_rate})
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = Average({"lora": self.tuned}, settings.average)
-        self.wrapped = accelerator.prepare_model(self.tuned)
+        self.wrapped = self.tuned if self.sharded else accelerator.prepare_model(self.tuned)
         self.grad_scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.dtype == "float16")
         by = self.reward.normalise
         with told("finetune"):
@@ -162,7 +171,8 @@ class Trainer:
             missing = settings.groups - int(found.kept.sum())
             if missing <= 0:
                 break
-            count = max(missing, self.share.columns)
+            columns = self.share.columns
+            count = math.ceil(missing / columns) * columns if self.sharded else max(missing, columns)
             more = others(attempt, count, {prompt.id for part in painted for prompt in part.prompts})
             if len(more) < count:
                 break
@@ -353,7 +363,8 @@ class Trainer:
                 groups = groups.new_zeros(1)
             # Every set weighs the same, and so does every picture, whether several share an input or not.
             size = max(1, settings.batch // self.algorithm.rows)
-            pieces = [(piece, weight / len(each)) for each in examples for piece in _pieces(each, groups, size)]
+            sets = [[(piece, weight / len(each)) for piece in _pieces(each, groups, size)] for each in examples]
+            pieces = list(chain.from_iterable(self._levelled(sets)))
             for index, (piece, each_weighs) in enumerate(pieces):
                 waits = index + 1 < len(pieces)
                 with self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
@@ -375,12 +386,26 @@ class Trainer:
             "watched": self.algorithm.summary(told),
         }
 
+    def _levelled(self, sets: Sequence[list[tuple[Examples, float]]]) -> Iterator[list[tuple[Examples, float]]]:
+        """Each set with as many weighed pieces as all processes go through; what is added has no weight."""
+        for pieces, most in zip(sets, self.most([len(pieces) for pieces in sets]), strict=True):
+            first, _ = pieces[0]
+            yield pieces + [(first[torch.zeros(1, dtype=torch.long)], 0.0)] * (most - len(pieces))
+
+    def most(self, counts: Sequence[int]) -> list[int]:
+        """`counts` of what this process asks of `tuned`; where that is sharded, the largest of all processes, as each
+        has to call it equally often."""
+        if not self.sharded:
+            return list(counts)
+        return self.accelerator.gather(torch.tensor([counts], device=self.accelerator.device)).amax(0).tolist()
+
     def _step(self, moves: bool) -> float:
         """Step the optimiser, if it `moves`, and forget the gradient; its norm, before it was clipped."""
-        for part in self.parts.values():
-            self._exchange(list(part.parameters()))
+        own = [list(part.parameters()) for part in self.parts.values()]
+        for each in (self.trained, *own) if self.sharded else own:
+            self._exchange(each)
         self.grad_scaler.unscale_(self.optimizer)
-        modules = [self.trained, *(list(part.parameters()) for part in self.parts.values())]
+        modules = [self.trained, *own]
         norms = [float(nn.utils.clip_grad_norm_(each, self.settings.max_grad_norm)) for each in modules]
         overflows = self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() >= 1
         if not all(map(math.isfinite, norms)):
@@ -403,9 +428,10 @@ class Trainer:
 
     def _exchange(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give every process the mean gradient, as the wrapper of the generator does for its own."""
-        means = self.accelerator.reduce([parameter.grad for parameter in parameters], "mean")
-        for parameter, mean in zip(parameters, means, strict=True):
-            parameter.grad = mean
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _backward(
         self, piece: Examples, cond: Conditioning, texts: Sequence[str], weight: float

@@ -85,6 +85,12 @@ siblings share most of a path, and learn from a step of it."""
 
 _TABLES = {"curves": CURVES, "rollouts": ROLLOUTS, "terms": TERMS}
 
+_REFUSED = {
+    "FSDP": "shards what is trained; to share out frozen weights set finetune.shard to true",
+    "DEEPSPEED": "shards gradients and moments, which of an adapter are megabytes; finetune.shard shares out weights",
+}
+"""What else accelerate could do, and why not."""
+
 
 class FinetuneConfig(TrainerSettings):
     """Reinforcement learning of the generator.
@@ -157,9 +163,28 @@ class FinetuneConfig(TrainerSettings):
             self.mixture.check_gradient(self.algorithm.type)
         return self
 
+    @model_validator(mode="after")
+    def _network_can_be_sharded(self) -> Self:
+        if self.shard and self.refresh:
+            raise ValueError(
+                "shard: a refresh paints other numbers of pictures on every process; set finetune.refresh to null, or "
+                "shard to false"
+            )
+        if self.shard and self.inverts:
+            raise ValueError(
+                "shard: inversion takes another transformer, whole on every process; set "
+                "finetune.algorithm.inversion to false, or shard to false"
+            )
+        return self
+
     def check_generator(self, dtype: str) -> None:
         """Raises UserError where a generator with weights of `dtype` cannot be trained so."""
         self.check_weights(dtype, algorithm_of(self.algorithm).needs_old)
+
+    @property
+    def inverts(self) -> bool:
+        """Whether noise of pictures is found by a transformer of its own."""
+        return isinstance(self.algorithm, DPOConfig) and self.algorithm.inversion
 
     @property
     def trained(self) -> TrainerSettings:
@@ -190,7 +215,7 @@ def _depends(config: Any) -> dict[str, Any]:
         "seed": config.seed,
         "generator": config.generator.depends(),
         "prompts": config.prompts.depends(),
-        "finetune": settings.model_dump(mode="json", exclude={"trackers"}),
+        "finetune": settings.model_dump(mode="json", exclude={"trackers", "shard"}),
         "judge": config.judge.depends() if asked else None,
         "rewards": settings.mixture.depends(),
         "refreshed": _refreshed(config) if settings.refresh else None,
@@ -245,7 +270,8 @@ def _run(context: Context) -> None:
     if settings.seed is not None:
         context = replace(context, config=context.config.model_copy(update={"seed": settings.seed}))
     config, artifact = context.config, context.artifact
-    generator = config.generator.build(str(context.accelerator.device))
+    waits = settings.shards(context.accelerator.num_processes)
+    generator = config.generator.build(str(context.accelerator.device), waits=waits)
     reward = settings.mixture.build(context)
     preferences = preferences_of(context, generator) if settings.algorithm.offline else None
     algorithm = algorithm_of(settings.algorithm, preferences)
@@ -321,8 +347,7 @@ def preferences_of(context: Context, generator: "models.Generator") -> Preferenc
                 f"finetune.algorithm.source: a picture of the pairs is {size[1]} x {size[0]} pixels, and the "
                 f"generator paints {width} x {height}; scale them, or take online"
             )
-    algorithm = context.config.finetune.algorithm
-    invert = _inversion(context, generator) if isinstance(algorithm, DPOConfig) and algorithm.inversion else None
+    invert = _inversion(context, generator) if context.config.finetune.inverts else None
     return Preferences(read_rows(context.inputs["prefer"]).to_list(), pictures, generator.latents, invert)
 
 
@@ -358,11 +383,10 @@ def _accelerator(context: Context) -> Accelerator:
         log_with=list(context.config.finetune.trackers) or None,
         project_dir=folder(context.run_dir),
     )
-    if found.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UserError(
-            f"accelerate: {found.distributed_type.value} shards what fine-tuning keeps whole on each process; "
-            "launch with configs/accelerate/ddp.yaml"
-        )
+    kind = found.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        why = _REFUSED.get(kind, "is no way in which processes share fine-tuning here")
+        raise UserError(f"accelerate: {kind} {why}; launch with configs/accelerate/ddp.yaml")
     return found
 
 

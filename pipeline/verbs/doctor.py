@@ -41,6 +41,15 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
 AS_THE_RUN = policy.importance_ratio, policy.low_precision
 """Those on weights of the run's own dtype; the others take float32."""
 
+_NO_ROOM = (
+    "there is no room on this device for float32 weights beside the run's, in whose rounding hides what these look "
+    "for; take a larger device"
+)
+_SHARDED = (
+    "what is sharded is examined as it is, and in the rounding of such weights hides what these look for; add "
+    "generator.dtype=float32"
+)
+
 
 def doctor(config: Any, as_json: bool = False) -> bool:
     """Print a line for each check, or all as JSON; whether none is red.
@@ -88,11 +97,7 @@ def diagnosed(subject: Subject) -> Iterator[Check]:
             yield check(subject)
             torch.cuda.empty_cache()
     if not subject.exact:
-        yield Check.skipped(
-            "checks in float32",
-            "there is no room on this device for float32 weights beside the run's, in whose "
-            "rounding hides what these look for; take a larger device",
-        )
+        yield Check.skipped("checks in float32", _SHARDED if subject.sharded else _NO_ROOM)
     found = forecast.measured(subject)
     yield forecast.memory(subject, found)
     yield forecast.seconds(subject, found)

@@ -13,11 +13,14 @@ from pipeline.settings import UserError
 from pipeline.stages import STAGES
 
 
-def plan(config: Any, run_dir: Path, memory: float | None = None, rate: float | None = None) -> None:
+def plan(
+    config: Any, run_dir: Path, memory: float | None = None, rate: float | None = None, processes: int | None = None
+) -> None:
     """Print the stages with their time, and what each holds in memory, on the main process; change nothing.
 
     Args:
         memory: GiB, and rate: 1e12 matmul operations a second, of another device to plan for.
+        processes: of the launch to plan for; those of this one where it is None.
 
     Raises:
         UserError: a stage takes more memory than there is.
@@ -26,8 +29,8 @@ def plan(config: Any, run_dir: Path, memory: float | None = None, rate: float | 
     if not process.is_main_process:
         return
     quiet_libraries()
-    console, processes = Console(), process.num_processes
-    print_plan(states(config, STAGES, run_dir), console, rate and rate * 1e12)
+    console, processes = Console(), processes or process.num_processes
+    print_plan(states(config, STAGES, run_dir), console, rate and rate * 1e12, processes)
     room = round(memory * forecast.GIB) if memory else forecast.device_memory(processes)
     try:
         found = forecast.needs(config, processes, room)
