@@ -7,8 +7,9 @@ Untrained networks: a tiny SD3, or with `--sd35` Stable Diffusion 3.5 Medium at 
 
 - plain: `StableDiffusion3Pipeline`, each sibling from noise of its own, its prompt encoded for it, the adapter beside
   the base weights. It knows no log-probabilities, which others add to it.
-- ours: what `finetune` does before the reward: prompts encoded once, the adapter merged into a twin, siblings parting
-  in a window of stochastic steps. The window starts at each step that training would choose from, equally often.
+- ours: what `finetune` does before the reward: prompts encoded once, siblings parting in a window of stochastic steps,
+  the adapter merged into a twin where the weights are float32. The window starts at each step that training would
+  choose from, equally often.
 - plain, encoded: the plain loop with embeddings of all its prompts that were made before the clock started.
 
 All guide in one batch and decode picture by picture. Prompts are new each time, so no cache helps. The step of
@@ -35,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.stages import matmul_rate
 from judges.shapes.grammar import vocabulary
 from models.adapters.options import Options
 from models.adapters.sd3 import SD3Generator
@@ -222,7 +224,7 @@ class Benchmark:
         for start in range(self.asked.last_start + 1):
             prompts = self.prompts()
             cond = self.generator.encode([prompt.text for prompt in prompts])
-            trainer.policy.merge_into(trainer.plain)
+            trainer.bring_up()
             plan, ids = replace(self.plan, start=start), [prompt.id for prompt in prompts]
             predict = trainer.predict(trainer.plain)
             rollout(self.generator, predict, cond, ids, (0, start), plan, self.asked.batch)
@@ -341,19 +343,6 @@ class Benchmark:
         side = self.generator.latent_shape[-1]
         return painted(network, asked(network, 1, (side, side), self.size.clip_tokens + self.size.t5_tokens)).flops
 
-    def matmul_rate(self, seconds: float = 1.0) -> float:
-        """Operations a second of a square product: the fastest of those within so many seconds."""
-        device = self.generator.device
-        side = 8192 if self.on_gpu else 1024
-        matrix = torch.randn(side, side, device=device, dtype=getattr(torch, self.size.dtype))
-        fastest, begun = float("inf"), time.perf_counter()
-        while time.perf_counter() - begun < seconds:
-            started = time.perf_counter()
-            matrix @ matrix
-            self._wait()
-            fastest = min(fastest, time.perf_counter() - started)
-        return 2 * side**3 / fastest
-
     @property
     def on_gpu(self) -> bool:
         return self.generator.device.type == "cuda"
@@ -404,7 +393,8 @@ def main() -> None:
     asked.dtype = asked.dtype or ("float32" if on_cpu else "bfloat16")
     quiet_libraries()
     benchmark = Benchmark(asked)
-    rate = benchmark.matmul_rate()
+    side, device = (8192, benchmark.generator.device.type) if benchmark.on_gpu else (1024, "cpu")
+    rate = matmul_rate(side, device=device, dtype=getattr(torch, asked.dtype))
     console = Console(width=140)
     threads = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
     console.print(f"matmul: {rate / 1e9:,.0f} GFLOP/s in {asked.dtype}, {threads}")

@@ -74,12 +74,17 @@ class Generator(ABC):
         lora_targets: names, or endings of names, of the layers that an adapter is put on by default.
         lora_prefix: what the names in a saved adapter begin with, see `models.lora`.
         vp: whether the network was trained on a variance preserving path; `models.inversion` goes back along that.
+        guidance, negative: how far `velocity` is moved away from that of which prompt.
+        adjusted: what a family makes of a guided prediction and its positive one, see `models.guidance.guided`.
     """
 
     transformer: nn.Module
     lora_targets: tuple[str, ...]
     lora_prefix: str | None = None
     vp: bool = False
+    guidance: Guidance = NO_GUIDANCE
+    negative: str = ""
+    adjusted: Callable[[Tensor, Tensor], Tensor] | None = None
     _negative: tuple[str, Conditioning] | None = None
 
     @property
@@ -133,17 +138,28 @@ class Generator(ABC):
         """Raises ValueError, beginning with `prompts`, where one of them cannot be encoded."""
         return  # most families take any
 
-    def encode_negative(self, prompt: str) -> Conditioning:
-        """What a negative prompt becomes, one row: asked for at every call of the network, so it is encoded once and
+    def encode_negative(self) -> Conditioning:
+        """What the negative prompt becomes, one row: asked for at every call of the network, so it is encoded once and
         stays on the device, and as other prompts are, whatever the caller's autocast."""
-        if self._negative is None or self._negative[0] != prompt or self._negative[1].device != self.device:
+        if self._negative is None or self._negative[0] != self.negative or self._negative[1].device != self.device:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._negative = prompt, self.encode([prompt])
+                self._negative = self.negative, self.encode([self.negative])
         return self._negative[1]
 
-    @abstractmethod
     def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-        """The velocity at `x_t` (B, ...) by `network`, `transformer` or a twin of it; `t` is a float or (B,)."""
+        """The velocity at `x_t` (B, ...) by `network`, `transformer` or a twin of it; `t` is a float or (B,).
+
+        With classifier-free guidance where there is any, both predictions in one batch.
+        """
+        predict = partial(self._unguided, network)
+        if not self.guidance.needs_negative:
+            return predict(x_t, t, cond)
+        negative = self.encode_negative().repeated(len(x_t))
+        return guided(predict, x_t, t, cond, negative, self.guidance.at(t), self.adjusted)
+
+    @abstractmethod
+    def _unguided(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+        """The velocity without classifier-free guidance."""
 
     def predict(self, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
         """The velocity by `transformer`."""
@@ -209,7 +225,6 @@ class NativeGenerator(Generator):
     Attributes:
         size: rows and columns of the latents; those that the transformer was trained on, see `at`.
         parametrisation: what the transformer predicts, and on which path.
-        guidance, negative: how far `velocity` is moved away from that of which prompt.
 
     Raises:
         ValueError: the parts do not fit together; the line begins with the name of one.
@@ -319,15 +334,7 @@ class NativeGenerator(Generator):
         encoded = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return Conditioning(encoded.last_hidden_state)
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-        """With classifier-free guidance where there is any, both predictions in one batch."""
-        predict = partial(self._positive, network)
-        if not self.guidance.needs_negative:
-            return predict(x_t, t, cond)
-        negative = self.encode_negative(self.negative).repeated(len(x_t))
-        return guided(predict, x_t, t, cond, negative, self.guidance.at(t))
-
-    def _positive(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
+    def _unguided(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
         times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
         return self.parametrisation.velocity(lambda x, time: self.asked(network, x, time, cond), x_t, times)
 

@@ -517,7 +517,7 @@ def check(config: Any, stage: str, processes: int = 1) -> None:
     except models.geometry.Unknown:
         return
     if need.total > memory:
-        raise UserError(told(config, need, memory, processes))
+        raise UserError(refusal(config, need, memory, processes))
 
 
 def fits(stage: str) -> Callable[[Any], None]:
@@ -530,7 +530,7 @@ def fits(stage: str) -> Callable[[Any], None]:
     return of
 
 
-def told(config: Any, need: Need, memory: int, processes: int) -> str:
+def refusal(config: Any, need: Need, memory: int, processes: int) -> str:
     """One line on a stage that does not fit."""
     line = f"memory: {need.stage} needs {_gib(need.total)} GiB a process at least, and there are {_gib(memory)}"
     best = remedy(config, need.stage, memory, processes)

@@ -1,6 +1,7 @@
 """Where prompts come from: the embedded world's grammar, GenEval's, or a person's text files."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -35,19 +36,17 @@ class ShapesPrompts(Section):
     def draw(self, seed: int, count: int) -> list[PromptRow]:
         """`count` different prompts to learn from, even over skills as far as a skill has that many."""
         rng = random.Random(seed)
-        found: dict[str, PromptRow] = {}
-        for attempt in range(50 * count):
-            if len(found) == count:
-                break
-            prompt = sample_prompt(rng, "train", SKILLS[attempt % len(SKILLS)])
-            found.setdefault(prompt.text, PromptRow(prompt.text, prompt.skill))
-        return list(found.values())
+        return _different(count, lambda attempt: self._drawn(rng, attempt, "train"))
 
     def held_out(self, seed: int, count: int) -> list[PromptRow]:
         """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
         rng = random.Random(seed)
-        prompts = [sample_prompt(rng, "eval", SKILLS[i % len(SKILLS)]) for i in range(count)]
-        return [PromptRow(prompt.text, prompt.skill) for prompt in prompts]
+        return [self._drawn(rng, place, "eval") for place in range(count)]
+
+    @staticmethod
+    def _drawn(rng: random.Random, place: int, split: Literal["train", "eval"]) -> PromptRow:
+        prompt = sample_prompt(rng, split, SKILLS[place % len(SKILLS)])
+        return PromptRow(prompt.text, prompt.skill)
 
 
 class GenEvalPrompts(Section):
@@ -61,13 +60,7 @@ class GenEvalPrompts(Section):
     def draw(self, seed: int, count: int) -> list[PromptRow]:
         """`count` different prompts to learn from, even over skills as far as a skill has that many."""
         rng = random.Random(seed)
-        found: dict[str, PromptRow] = {}
-        for attempt in range(50 * count):
-            if len(found) == count:
-                break
-            prompt = self._drawn(rng, attempt, held_out=False)
-            found.setdefault(prompt.text, prompt)
-        return list(found.values())
+        return _different(count, lambda attempt: self._drawn(rng, attempt, held_out=False))
 
     def held_out(self, seed: int, count: int) -> list[PromptRow]:
         """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
@@ -104,6 +97,17 @@ class FilePrompts(Section):
         lines = _lines(self.eval, "prompts.eval")
         order = random.Random(seed).sample(lines, len(lines))
         return [order[i % len(order)] for i in range(count)]
+
+
+def _different(count: int, drawn: Callable[[int], PromptRow]) -> list[PromptRow]:
+    """The first `count` different ones of what is `drawn` attempt by attempt; fewer where they hardly come."""
+    found: dict[str, PromptRow] = {}
+    for attempt in range(50 * count):
+        if len(found) == count:
+            break
+        prompt = drawn(attempt)
+        found.setdefault(prompt.text, prompt)
+    return list(found.values())
 
 
 PromptSource = ShapesPrompts | GenEvalPrompts | FilePrompts

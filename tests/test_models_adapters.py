@@ -6,9 +6,9 @@ A family is a line in `tests.tiny_pipelines.FAMILIES`; all tests here are of all
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.import_utils import is_sentencepiece_available
 
 from models import adapters, lora
 from models.adapters.options import Options
@@ -409,9 +410,17 @@ def test_a_lora_in_kohyas_names_is_one_of_this_network_and_a_plain_one(generator
         merged({key: value for key, value in plain.items() if "up" not in key})
 
 
-@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it is here")
+@pytest.fixture
+def without_sentencepiece(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    is_sentencepiece_available.cache_clear()
+    yield
+    monkeypatch.undo()
+    is_sentencepiece_available.cache_clear()
+
+
 @pytest.mark.parametrize("family", ["pixart_sigma"], indirect=True)
-def test_a_tokenizer_that_wants_sentencepiece_says_so(checkpoint, tmp_path):
+def test_a_tokenizer_that_wants_sentencepiece_says_so(checkpoint, tmp_path, without_sentencepiece):
     shutil.copytree(checkpoint, tmp_path / "slow")
     tokenizer = tmp_path / "slow" / "tokenizer"
     shutil.rmtree(tokenizer)

@@ -178,7 +178,7 @@ def test_a_remedy_keeps_what_it_promises(medium):
     assert found.need.total <= room
     assert finetune(medium(*found.settings)) == found.need
     assert "finetune.gradient_checkpointing=true" in found.settings
-    line = forecast.told(medium(), finetune(medium()), room, 1)
+    line = forecast.refusal(medium(), finetune(medium()), room, 1)
     assert all(setting in line for setting in found.settings)
 
 

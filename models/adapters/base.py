@@ -11,7 +11,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,7 +23,7 @@ from models.adapters.options import Options
 from models.adapters.prompts import PromptCache
 from models.codec import to_images
 from models.generator import Conditioning, Generator, sides
-from models.guidance import Guidance, guided
+from models.guidance import Guidance
 from models.paths import shifted
 
 CLIP_TOKENS = 77
@@ -37,7 +36,6 @@ class DiffusersGenerator(Generator):
     Attributes:
         pipe: the pipeline, for its parts and methods.
         height, width: of pictures, in pixels.
-        guidance: classifier-free guidance, which `velocity` applies.
 
     Class attributes, of a family:
         pipeline: the class of its pipelines.
@@ -64,7 +62,7 @@ class DiffusersGenerator(Generator):
         self.text_encoders = [part for name in self.text_parts if (part := getattr(pipe, name)) is not None]
         self.lora_prefix = self.network
         self.lora_targets = self.targets(self.transformer)
-        self.guidance = options.guidance or Guidance(self.scale)
+        self.guidance, self.negative = options.guidance or Guidance(self.scale), options.negative
         if options.embedded_guidance is not None and self.default_embedded_scale is None:
             raise ValueError("embedded_guidance: this network is told none; set guidance, or leave it out")
         if options.max_tokens is not None and self.max_tokens is None:
@@ -185,19 +183,7 @@ class DiffusersGenerator(Generator):
             for prompt in prompts:
                 yield self.encoded([prompt])
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-        """With classifier-free guidance, both predictions in one batch."""
-        predict = partial(self._unguided, network)
-        if not self.guidance.needs_negative:
-            return predict(x_t, t, cond)
-        negative = self.encode_negative(self.options.negative).repeated(len(x_t))
-        return guided(predict, x_t, t, cond, negative, self.guidance.at(t), self.adjusted)
-
-    adjusted = None
-    """What a family makes of a guided prediction and its positive one, see `models.guidance.guided`."""
-
     def _unguided(self, network: nn.Module, x_t: Tensor, t: float | Tensor, cond: Conditioning) -> Tensor:
-        """The flow's velocity at `x_t` (B, ...) and `t`, a float or (B,), without classifier-free guidance."""
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
         return self._predicted(network, x_t, times, cond)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.geometry import Unknown
 from pipeline.doctoring.check import Check
 from pipeline.doctoring.subject import Recorded, Subject
-from pipeline.forecast import GIB, device_memory, needs, remedy, told
+from pipeline.forecast import GIB, device_memory, needs, refusal, remedy
 from pipeline.progress import duration
 from pipeline.rl.policy import WholePolicy
 from pipeline.rl.trainer import Trainer
@@ -146,7 +146,7 @@ def stages(config: Any, processes: int) -> Check:
         return Check.skipped(STAGES, str(error))
     most = max(found, key=lambda need: need.total)
     split = ", ".join(f"{need.stage} {need.total / 2**20:,.0f} MiB" for need in found)
-    line = told(config, most, room, processes) if most.total > room else ""
+    line = refusal(config, most, room, processes) if most.total > room else ""
     return Check.at_most(STAGES, most.total / GIB, room / GIB, line, f"GiB a process at least: {split}")
 
 

@@ -15,7 +15,7 @@ log p is the plain loss weighed by t; the generalised Huber's small power lets n
 What we change: the moving average is the trainer's, whose pace is `finetune.average`; it is also what is kept in the
 end. It lags several iterations behind the policy, the paper's code's less than one, so `kl_average` is smaller than its
 1. log p is of the flow's velocities whatever the generator was trained on, as the paper's are. What we leave out: times
-shifted to the noise, guidance, and SA-Solver for rollouts.
+shifted to the noise, and SA-Solver for rollouts.
 """
 
 from collections.abc import Sequence

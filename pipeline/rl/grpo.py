@@ -7,7 +7,7 @@ over latent dimensions, and the group-relative advantage A of the picture it led
 
 (equations 3 and 5). What we change: stochastic steps fill a short window that moves over the first part of the
 path, and siblings share everything before it (`rollout`), so the first step of the window is evaluated once for
-a whole group, and its noise alone tells siblings apart. What we leave out: classifier-free guidance in training.
+a whole group, and its noise alone tells siblings apart.
 
 Its relatives are settings:
 

@@ -280,7 +280,7 @@ class Trainer:
 
     def _roll(self, cond: Conditioning, prompts: Sequence[PromptRow]) -> Rollout:
         settings = self.settings
-        self._bring_up()
+        self.bring_up()
         siblings = self.share.siblings
         plan = self.algorithm.rollout_plan(self.seed, self.done, self.times, len(siblings))
         plan = replace(plan, first=siblings.start)
@@ -296,13 +296,13 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Within the block `tuned` and `plain` are the moving average, which is what is kept in the end."""
         self.average.swap()
-        self._bring_up()
+        self.bring_up()
         try:
             yield
         finally:
             self.average.swap()
 
-    def _bring_up(self) -> None:
+    def bring_up(self) -> None:
         """Make the twin, if there is one, what `tuned` is now."""
         if self.plain is not self.tuned:
             self.policy.merge_into(self.plain)

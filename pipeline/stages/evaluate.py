@@ -113,21 +113,22 @@ def _gold(config: Any, images: Sequence[np.ndarray], prompts: Sequence[str], pai
 
 
 def _run(context: Context) -> None:
-    _paint(context)
+    reward = _paint(context)
     context.accelerator.wait_for_everyone()
     if context.accelerator.is_main_process:
-        _measure(context)
+        _measure(context, reward)
 
 
-def _paint(context: Context) -> None:
-    """Pictures of both models, and what judge, reward and oracle say of them."""
+def _paint(context: Context) -> "rewards.ModelReward":
+    """Pictures of both models, and what judge, reward and oracle say of them; the reward, which is loaded once."""
     config, settings = context.config, context.config.evaluate
     device = str(context.accelerator.device)
     prompts = config.prompts.held_out(draw_key(config.seed, "evaluate"), settings.images)
     size = max(1, settings.shard // len(MODELS))
     mine = [prompts[k].text for _, part in shards(context, range(len(prompts)), size) for k in part]
     generators, waiting = _generators(context, mine)
-    judge, reward = config.judge.build(device), _reward(context)
+    judge = config.judge.build(device)
+    reward = rewards.load_reward(context.inputs["reward"].folder / "model", device)
     with context.progress.track(len(MODELS) * len(prompts), "images", "evaluate") as advance:
         for name, part in shards(context, range(len(prompts)), size):
             keys = [sample_key(config.seed, "evaluate", prompts[k].id, k) for k in part]
@@ -154,6 +155,7 @@ def _paint(context: Context) -> None:
                 rows.append({**named, "image": Image.fromarray(image), **seen})
             write_rows(context.artifact, name, rows, FEATURES)
             advance(len(rows))
+    return reward
 
 
 def _generators(context: Context, prompts: Sequence[str]) -> tuple[dict[str, "models.Generator"], str]:
@@ -176,13 +178,9 @@ def _generators(context: Context, prompts: Sequence[str]) -> tuple[dict[str, "mo
     return {"base": base.to("cpu"), "tuned": config.generator.tuned(base, folder)}, "cpu"
 
 
-def _reward(context: Context) -> "rewards.ModelReward":
-    return rewards.load_reward(context.inputs["reward"].folder / "model", context.accelerator.device)
-
-
-def _measure(context: Context) -> None:
+def _measure(context: Context, reward: "rewards.ModelReward") -> None:
     """Everything that is computed from all pictures at once."""
-    artifact, reward = context.artifact, _reward(context)
+    artifact = context.artifact
     _measure_rollouts(context)
     untrained = context.config.reward.untrained(context.config.seed)
     initial = rewards.ModelReward(untrained.to(context.accelerator.device))

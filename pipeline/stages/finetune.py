@@ -232,14 +232,14 @@ def _refreshed(config: Any) -> dict[str, Any]:
 def _work(config: Any) -> Work:
     settings: FinetuneConfig = config.finetune
     images, call = settings.iterations * settings.groups * settings.trained.group_size, call_seconds(config)
-    told = settings.algorithm.model_dump()
-    rolled = calls(told.get("sampler", "ode"), settings.steps)
+    chosen = settings.algorithm.model_dump()
+    rolled = calls(chosen.get("sampler", "ode"), settings.steps)
     if config.generator.ours:
         learning = images * _TUNED * rolled * call
     elif call is not None:
         algorithm = algorithm_of(settings.algorithm)
         others = algorithm.needs_reference + algorithm.needs_old + algorithm.needs_average
-        learned = told.get("draws") or told.get("window") or told.get("last") or settings.steps
+        learned = chosen.get("draws") or chosen.get("window") or chosen.get("last") or settings.steps
         learning = images * (rolled * call + learned * (call_seconds(config, learning=True) + others * call))
     else:
         learning = None

@@ -40,4 +40,4 @@ def plan(
     forecast.print_needs(found, room, console)
     for need in found:
         if need.total > room:
-            raise UserError(forecast.told(config, need, room, processes))
+            raise UserError(forecast.refusal(config, need, room, processes))
