@@ -24,7 +24,7 @@ from torch import nn
 
 import models
 from pipeline.compiling import repeated_blocks
-from pipeline.judging import EnsembleJudge, ServerModel
+from pipeline.judging import EnsembleJudge, ServerModel, told
 from pipeline.rl.settings import LoraSettings
 from pipeline.runner import process_state
 from pipeline.settings import UserError
@@ -97,6 +97,7 @@ class _Networks:
     scale: float
     text_tokens: Callable[[int | None], int]
     size: tuple[int, int]
+    sized: Callable[[int | tuple[int, int]], tuple[int, int]]
 
     @property
     def native(self) -> bool:
@@ -112,7 +113,14 @@ def _networks(checkpoint: str, revision: str | None) -> _Networks:
         raise UserError(f"generator.checkpoint: {checkpoint} is a {looks.pipeline}; supported are {known}")
     network, codec = looks.network.build(), looks.codec.build()
     family: Any = getattr(models.adapters, families[looks.pipeline]) if looks.pipeline else network
-    side = network.config.get("size") or network.config.get("sample_size") or 1024 // models.geometry.cell(codec)
+    cell = models.geometry.cell(codec)
+    side = network.config.get("size") or network.config.get("sample_size") or 1024 // cell
+
+    def sized(resolution: int | tuple[int, int]) -> tuple[int, int]:
+        if looks.pipeline:
+            return family.size(resolution, cell, network)
+        return models.generator.sides(resolution, cell * network.config.patch)
+
     return _Networks(
         looks=looks,
         codec=codec,
@@ -120,7 +128,8 @@ def _networks(checkpoint: str, revision: str | None) -> _Networks:
         targets=family.targets(network) if looks.pipeline else network.lora_targets,
         scale=getattr(family, "scale", 1.0),
         text_tokens=family.text_tokens if looks.pipeline else lambda _: looks.text_tokens,
-        size=(side * models.geometry.cell(codec), side * models.geometry.cell(codec)),
+        size=(side * cell, side * cell),
+        sized=sized,
     )
 
 
@@ -191,9 +200,11 @@ class Painter:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of a picture: height and width in pixels."""
-        given = self._settings.resolution or self._looks.size
-        return (given, given) if isinstance(given, int) else tuple(given)
+        """Of a picture: height and width in pixels. Raises UserError where the network paints none such."""
+        if self._settings.resolution is None:
+            return self._looks.size
+        with told("generator"):
+            return self._looks.sized(self._settings.resolution)
 
     @property
     def guided(self) -> bool:
@@ -521,10 +532,11 @@ def check(config: Any, stage: str, processes: int = 1) -> None:
 
 
 def fits(stage: str) -> Callable[[Any], None]:
-    """What raises UserError, before any work, where `stage` takes more memory than this machine has."""
+    """What raises UserError, before any work, where the network paints no such sizes, or `stage` takes more memory than
+    this machine has."""
 
     def of(config: Any) -> None:
-        if not config.generator.ours:
+        if not config.generator.ours or config.generator.resolution is not None:
             check(config, stage, process_state().num_processes)
 
     return of

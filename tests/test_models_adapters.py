@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_sentencepiece_available
 from models import adapters, lora
 from models.adapters.options import Options
 from models.generator import Conditioning, Generator
+from models.geometry import cell
 from models.guidance import Guidance
 from models.loading import load_generator, tuned
 from models.samplers import keyed_noise, ode
@@ -239,6 +240,8 @@ def test_features_tell_latents_times_and_prompts_apart(generator):
 
 
 def test_a_resolution_that_the_tokens_do_not_divide_is_one_line(made):
+    generator = made()
+    assert cell(generator.codec) == generator.cell  # by which a forecast knows it too
     with pytest.raises(ValueError, match=r"^resolution: 17 is no multiple of \d+; take \d+") as told:
         made(resolution=17)
     assert "\n" not in str(told.value)

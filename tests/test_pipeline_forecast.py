@@ -345,3 +345,17 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_done(tmp_path, co
     with pytest.raises(UserError, match=r"memory: sample needs .* GiB a process at least, and there are 0\.00"):
         pipeline.run(path)
     assert not (path.parent / "refused").exists()
+
+
+def test_a_size_that_is_not_painted_is_refused_before_anything_is_done(tmp_path, config_at, generator_folder):
+    FAMILIES["sd3"].build().save_pretrained(tmp_path / "sd3")
+    for checkpoint, resolution, line in (
+        (tmp_path / "sd3", 18, r"generator\.resolution: 18 is no multiple of 4; take 16 or 20"),
+        (tmp_path / "sd3", 64, r"generator\.resolution: 64 is above the 32 pixels"),
+        (generator_folder, 20, r"generator\.resolution: 20 is no multiple of 8"),
+    ):
+        path = config_at("sized", generator={"checkpoint": str(checkpoint), "resolution": resolution})
+        for command in (pipeline.run, lambda path: cli.plan(path, [])):
+            with pytest.raises(UserError, match=f"^{line}"):
+                command(path)
+        assert not (path.parent / "sized").exists()

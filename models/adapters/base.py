@@ -41,6 +41,7 @@ class DiffusersGenerator(Generator):
         pipeline: the class of its pipelines.
         network: the name of the pipeline's part that is tuned.
         text_parts: the names of its text encoders.
+        patch_size: latent cells along a side of a token, where the network's settings do not tell.
         loading: what the pipeline is told when it is loaded, such as which of its parts stay away.
         scale, max_tokens: what None stands for in `Options`, as are the properties `default_...`. Without `max_tokens`
             the family's text encoders have one length.
@@ -52,6 +53,7 @@ class DiffusersGenerator(Generator):
     pipeline: ClassVar[type[DiffusionPipeline]]
     network: ClassVar[str] = "transformer"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    patch_size: ClassVar[int | None] = None
     loading: ClassVar[Mapping[str, Any]] = {}
     scale: ClassVar[float] = 1.0
     max_tokens: ClassVar[int | None] = None
@@ -72,7 +74,7 @@ class DiffusersGenerator(Generator):
         told = options.embedded_guidance
         self.embedded_scale = self.default_embedded_scale if told is None else told
         self.max_tokens = options.max_tokens or self.max_tokens
-        self.height, self.width = sides(options.resolution or self.default_resolution, self.cell * self.patch)
+        self.height, self.width = self.size(options.resolution or self.default_resolution, self.cell, self.transformer)
         for module in (self.transformer, *self.frozen):
             module.eval().requires_grad_(False)
         self.codec.enable_slicing()  # a picture does not depend on its batch
@@ -87,6 +89,19 @@ class DiffusersGenerator(Generator):
     def text_tokens(cls, max_tokens: int | None = None) -> int:
         """How many tokens of text the network hears at most, of prompts that are cut to `max_tokens`."""
         return max_tokens or cls.max_tokens or CLIP_TOKENS
+
+    @classmethod
+    def patch_of(cls, network: nn.Module) -> int:
+        """Latent cells along a side of one of the network's tokens."""
+        return cls.patch_size or network.config.patch_size
+
+    @classmethod
+    def size(cls, resolution: int | tuple[int, int], cell: int, network: nn.Module) -> tuple[int, int]:
+        """Height and width of pictures, in pixels, of whose sides `cell` are one latent cell.
+
+        Raises ValueError, beginning with `resolution`, where the network paints none such.
+        """
+        return sides(resolution, cell * cls.patch_of(network))
 
     @property
     def transformer(self) -> nn.Module:
@@ -119,8 +134,7 @@ class DiffusersGenerator(Generator):
 
     @property
     def patch(self) -> int:
-        """Latent cells along a side of one of the network's tokens."""
-        return self.transformer.config.patch_size
+        return self.patch_of(self.transformer)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -53,8 +53,13 @@ class DiTGenerator(DiffusionGenerator):
         for number, names in labels.items():
             for name in (str(number), *names.split(",")):
                 self._numbers.setdefault(name.strip().lower(), []).append(int(number))
-        if self.height != self.width:
-            raise ValueError(f"resolution: {self.width} x {self.height}, but a DiT paints squares; take one number")
+
+    @classmethod
+    def size(cls, resolution: int | tuple[int, int], cell: int, network: nn.Module) -> tuple[int, int]:
+        height, width = super().size(resolution, cell, network)
+        if height != width:
+            raise ValueError(f"resolution: {width} x {height}, but a DiT paints squares; take one number")
+        return height, width
 
     def encoded(self, prompts: list[str]) -> Conditioning:
         """The numbers of classes, (B,), in place of tokens."""

@@ -20,9 +20,9 @@ class FluxGenerator(DiffusersGenerator):
     """Embedded guidance 3.5 for [dev], a LoRA on all projections of both kinds of attention."""
 
     pipeline = FluxPipeline
+    patch_size = PATCH
     text_parts = ("text_encoder", "text_encoder_2")
     max_tokens = 512
-    patch = PATCH
     lora_targets = JOINT_ATTENTION
 
     @property

@@ -28,8 +28,8 @@ class Flux2Generator(DiffusersGenerator):
     """
 
     pipeline = Flux2Pipeline
+    patch_size = PATCH
     max_tokens = 512
-    patch = PATCH
 
     @property
     def default_embedded_scale(self) -> float | None:

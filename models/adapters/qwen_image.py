@@ -25,9 +25,9 @@ class QwenImageGenerator(DiffusersGenerator):
     """
 
     pipeline = QwenImagePipeline
+    patch_size = PATCH
     scale = 4.0
     max_tokens = 512
-    patch = PATCH
 
     @classmethod
     def targets(cls, network: nn.Module) -> tuple[str, ...]:

@@ -3,12 +3,11 @@
 Left out: the image prompts and skipped layers that the pipeline also takes.
 """
 
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from models.adapters.base import CLIP_TOKENS, DiffusersGenerator
 from models.adapters.flows import JOINT_ATTENTION
-from models.adapters.options import Options
 from models.generator import Conditioning
 
 
@@ -21,14 +20,13 @@ class SD3Generator(DiffusersGenerator):
     max_tokens = 256
     lora_targets = JOINT_ATTENTION
 
-    def __init__(self, pipe: DiffusionPipeline, options: Options):
-        super().__init__(pipe, options)
-        most = self.transformer.config.pos_embed_max_size
-        if max(self.grid) > most:
-            raise ValueError(
-                f"resolution: {max(self.height, self.width)} is above the {most * self.patch * self.cell} pixels that "
-                "this network has positions for"
-            )
+    @classmethod
+    def size(cls, resolution: int | tuple[int, int], cell: int, network: nn.Module) -> tuple[int, int]:
+        found = super().size(resolution, cell, network)
+        most = network.config.pos_embed_max_size * cls.patch_of(network) * cell
+        if max(found) > most:
+            raise ValueError(f"resolution: {max(found)} is above the {most} pixels that this network has positions for")
+        return found
 
     @classmethod
     def text_tokens(cls, max_tokens: int | None = None) -> int:

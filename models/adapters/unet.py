@@ -27,10 +27,10 @@ class UNetGenerator(DiffusionGenerator):
                 "distilled from"
             )
 
-    @property
-    def patch(self) -> int:
+    @classmethod
+    def patch_of(cls, network: nn.Module) -> int:
         """Latent cells along a side of what its deepest layers see as one."""
-        return 2 ** (len(self.transformer.config.block_out_channels) - 1)
+        return 2 ** (len(network.config.block_out_channels) - 1)
 
     def added(self, cond: Conditioning) -> dict[str, Tensor] | None:
         """What the network is told beside time and text tokens."""

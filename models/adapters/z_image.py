@@ -20,8 +20,8 @@ class ZImageGenerator(DiffusersGenerator):
     """No guidance, as for Turbo; a LoRA on all projections of the attention."""
 
     pipeline = ZImagePipeline
+    patch_size = PATCH
     max_tokens = 512
-    patch = PATCH
     default_resolution = 1024
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
