@@ -1,11 +1,14 @@
 """Where prompts come from: the embedded world's grammar, GenEval's, or a person's text files."""
 
 import random
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
 
 from judges import geneval
 from judges.shapes.grammar import SKILLS, sample_prompt
@@ -25,54 +28,78 @@ class PromptRow:
         return sha256(self.text.encode()).hexdigest()[:16]
 
 
-class ShapesPrompts(Section):
+class SkillPrompts(Section):
+    """Prompts that each exercise one of the six skills of GenEval (2310.11513).
+
+    Attributes:
+        weights: how often a skill is drawn to learn from, beside the others; all alike where it is null. Prompts to
+            measure on are even over skills in any case.
+    """
+
+    weights: dict[str, Annotated[int, Field(ge=0)]] | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _of_skills(cls, weights: dict[str, int] | None) -> dict[str, int] | None:
+        known = ", ".join(SKILLS)
+        for skill in weights or {}:
+            if skill not in SKILLS:
+                raise ValueError(f"{skill} is no skill; they are {known}")
+        if weights is not None and not any(weights.values()):
+            raise ValueError(f"nothing would be drawn; give one of {known} a weight")
+        return weights
+
+    def depends(self) -> dict:
+        return self.model_dump(exclude_none=True)
+
+    def draw(self, seed: int, count: int) -> list[PromptRow]:
+        """`count` different prompts to learn from, by `weights` as far as a skill has that many."""
+        rng, turns = random.Random(seed), self._turns()
+        found: dict[str, PromptRow] = {}
+        for attempt in range(50 * count):
+            if len(found) == count:
+                break
+            prompt = self._drawn(rng, turns[attempt % len(turns)], "train")
+            found.setdefault(prompt.text, prompt)
+        return list(found.values())
+
+    def held_out(self, seed: int, count: int) -> list[PromptRow]:
+        """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
+        rng = random.Random(seed)
+        return [self._drawn(rng, SKILLS[place % len(SKILLS)], "eval") for place in range(count)]
+
+    def _turns(self) -> Sequence[str]:
+        """Each skill as often as its weight says, and spread out."""
+        if self.weights is None:
+            return SKILLS
+        places = [((k + 0.5) / weight, skill) for skill, weight in self.weights.items() for k in range(weight)]
+        return [skill for _, skill in sorted(places)]
+
+    @staticmethod
+    @abstractmethod
+    def _drawn(rng: random.Random, skill: str, split: Literal["train", "eval"]) -> PromptRow: ...
+
+
+class ShapesPrompts(SkillPrompts):
     """Prompts of the embedded world: its `train` split to learn from, its `eval` split to measure on."""
 
     type: Literal["shapes"]
 
-    def depends(self) -> dict:
-        return self.model_dump()
-
-    def draw(self, seed: int, count: int) -> list[PromptRow]:
-        """`count` different prompts to learn from, even over skills as far as a skill has that many."""
-        rng = random.Random(seed)
-        return _different(count, lambda attempt: self._drawn(rng, attempt, "train"))
-
-    def held_out(self, seed: int, count: int) -> list[PromptRow]:
-        """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
-        rng = random.Random(seed)
-        return [self._drawn(rng, place, "eval") for place in range(count)]
-
     @staticmethod
-    def _drawn(rng: random.Random, place: int, split: Literal["train", "eval"]) -> PromptRow:
-        prompt = sample_prompt(rng, split, SKILLS[place % len(SKILLS)])
-        return PromptRow(prompt.text, prompt.skill)
+    def _drawn(rng: random.Random, skill: str, split: Literal["train", "eval"]) -> PromptRow:
+        return PromptRow(sample_prompt(rng, split, skill).text, skill)
 
 
-class GenEvalPrompts(Section):
-    """Prompts by GenEval's grammar (2310.11513), an eighth of them to measure on and the others to learn from."""
+class GenEvalPrompts(SkillPrompts):
+    """Prompts by GenEval's grammar, an eighth of them to measure on and the others to learn from."""
 
     type: Literal["geneval"]
 
-    def depends(self) -> dict:
-        return self.model_dump()
-
-    def draw(self, seed: int, count: int) -> list[PromptRow]:
-        """`count` different prompts to learn from, even over skills as far as a skill has that many."""
-        rng = random.Random(seed)
-        return _different(count, lambda attempt: self._drawn(rng, attempt, held_out=False))
-
-    def held_out(self, seed: int, count: int) -> list[PromptRow]:
-        """`count` prompts to measure on, even over skills; repeated where a skill has fewer."""
-        rng = random.Random(seed)
-        return [self._drawn(rng, place, held_out=True) for place in range(count)]
-
     @staticmethod
-    def _drawn(rng: random.Random, place: int, held_out: bool) -> PromptRow:
-        skill = geneval.SKILLS[place % len(geneval.SKILLS)]
+    def _drawn(rng: random.Random, skill: str, split: Literal["train", "eval"]) -> PromptRow:
         while True:
             prompt = PromptRow(geneval.sample_prompt(rng, skill), skill)
-            if (int(prompt.id, 16) % 8 == 0) == held_out:
+            if (int(prompt.id, 16) % 8 == 0) == (split == "eval"):
                 return prompt
 
 
@@ -97,17 +124,6 @@ class FilePrompts(Section):
         lines = _lines(self.eval, "prompts.eval")
         order = random.Random(seed).sample(lines, len(lines))
         return [order[i % len(order)] for i in range(count)]
-
-
-def _different(count: int, drawn: Callable[[int], PromptRow]) -> list[PromptRow]:
-    """The first `count` different ones of what is `drawn` attempt by attempt; fewer where they hardly come."""
-    found: dict[str, PromptRow] = {}
-    for attempt in range(50 * count):
-        if len(found) == count:
-            break
-        prompt = drawn(attempt)
-        found.setdefault(prompt.text, prompt)
-    return list(found.values())
 
 
 PromptSource = ShapesPrompts | GenEvalPrompts | FilePrompts

@@ -3,10 +3,13 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from judges.geneval import decompose
 from models import load_generator, sample
-from pipeline.prompts import GenEvalPrompts, PromptRow
+from pipeline.config import Config
+from pipeline.prompts import GenEvalPrompts, PromptRow, ShapesPrompts
+from pipeline.settings import SettingsError, load
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.sample import SampleConfig, paintings
 
@@ -54,3 +57,25 @@ def test_prompts_of_genevals_grammar_are_even_over_skills_and_some_are_held_out(
     for prompts in (learned, held):
         assert min(Counter(prompt.skill for prompt in prompts).values()) >= 12
         assert all(decompose(prompt.text) for prompt in prompts)
+
+
+@pytest.mark.parametrize("source", [GenEvalPrompts(type="geneval"), ShapesPrompts(type="shapes")])
+def test_weights_say_how_often_a_skill_is_learned_and_not_how_it_is_measured(source):
+    weights = {"position": 7, "counting": 5, "color_attribution": 3, "colors": 1}
+    weighed = source.model_copy(update={"weights": weights})
+    drawn = Counter(prompt.skill for prompt in weighed.draw(3, 160))
+    assert drawn.keys() == weights.keys()
+    for skill, weight in weights.items():
+        assert abs(drawn[skill] - 10 * weight) < 10  # what was drawn before does not count
+    assert {prompt.skill for prompt in weighed.draw(3, 4)} > {"position"}  # few are spread too
+    assert weighed.held_out(3, 30) == source.held_out(3, 30)
+    assert weighed.depends() != source.depends() == {"type": source.type}
+
+
+def test_weights_of_no_skill_or_of_nothing_are_one_line(config_at):
+    for weights, line in (
+        ({"positions": 1}, r"prompts\.weights: positions is no skill; they are single_object, "),
+        ({"position": 0}, r"prompts\.weights: nothing would be drawn; "),
+    ):
+        with pytest.raises(SettingsError, match=line):
+            load(Config, config_at("weighed", prompts={"type": "shapes", "weights": weights}))
