@@ -4,14 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from models import load_generator, sample
 from pipeline.progress import Progress
 from pipeline.settings import SettingsError, load
 from pipeline.stages import ablation, flow
-from pipeline.stages.flow import gallery_of, measured, train_flow
+from pipeline.stages.flow import gallery_of, held_out, measured, train_flow
 from pipeline.stages.pretrain import GeneratorJob, PretrainConfig, pretrain
 
 VARIANTS = {
@@ -54,7 +57,7 @@ def table(tmp_path):
     return json.loads((tmp_path / "table" / "table.json").read_text())
 
 
-def test_the_table_has_a_row_a_variant_and_a_column_a_size(config, tmp_path):
+def test_the_table_has_a_row_a_variant_and_a_column_a_size(config, tmp_path, capsys):
     pretrain(config())
     rows = table(tmp_path)["variants"]
     assert set(rows) == set(VARIANTS)
@@ -67,6 +70,19 @@ def test_the_table_has_a_row_a_variant_and_a_column_a_size(config, tmp_path):
     assert rows["fused"]["text_parameters"] > 0
     assert rows["fused"]["gflops"] < rows["axial"]["gflops"]
     assert rows["dit"]["network"]["conditioning"] == "in-context"
+    assert f"{rows['dit']['parameters']:,}" in capsys.readouterr().out
+
+
+def test_each_variant_is_a_generator_by_its_name_and_a_row_of_pictures(config, tmp_path):
+    pretrain(config())
+    rows = [list(sample(load_generator(tmp_path / "table" / name), held_out(2), range(2))) for name in VARIANTS]
+    with Image.open(tmp_path / "table" / "samples-32.png") as image:
+        shown = np.asarray(image)
+    assert shown.shape[0] == 34 * len(VARIANTS) - 2
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            assert np.array_equal(shown[34 * row :, 34 * column :][:32, :32], picture)
+    assert (tmp_path / "table" / "samples-48.png").is_file()
 
 
 def test_what_is_done_is_not_trained_again_and_what_is_new_is(config, tmp_path, monkeypatch):

@@ -6,25 +6,31 @@ is measured once.
 """
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from rich.table import Table
 from torch import nn
 
 from models import geometry, metering
 from models.codec import Autoencoder, empty_codec, load_codec
-from models.generator import NativeGenerator
+from models.generator import NativeGenerator, sample
 from models.keys import sample_key
 from pipeline.judging import told
 from pipeline.networks import NetworkConfig
 from pipeline.progress import Progress
-from pipeline.stages.flow import FlowConfig, Gallery, gallery_of, measured, train_flow
+from pipeline.rl.grids import sheet
+from pipeline.stages.flow import FlowConfig, Gallery, gallery_of, held_out, measured, train_flow
 from pipeline.store import atomic_write_text
 from rewards.metrics import wilson_interval
 
 _DONE = "trained.json"
+_SHOWN = 12
+"""Pictures of a variant in a sheet, two of each skill."""
 
 
 class AblationJob(FlowConfig):
@@ -65,21 +71,45 @@ class AblationJob(FlowConfig):
         return self
 
 
-def ablate(job: AblationJob, seed: int, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Train and measure what is not done yet, and put all variants into one table."""
+def ablate(job: AblationJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """Train and measure what is not done yet, and put all variants into one table.
+
+    In `out` lies the generator of each variant by its name, and for each of `job.sides` a sheet of pictures of the same
+    prompts from the same noise, a row a variant.
+    """
     with told("job"):
         codec = load_codec(job.codec)
     gallery: Gallery | None = None
-    rows = {}
+    rows, shown = {}, {side: [] for side in job.sides}
     for name, network in job.variants.items():
         place = _place(job, seed, folder, name, network)
         if not (place / _DONE).is_file():
             gallery = gallery or gallery_of(codec, job.pictures, seed, progress)
             progress.say(f"variant {name}")
             _train(job, network, codec, gallery, seed, place, progress)
+        shutil.copytree(place / "checkpoint", out / name, dirs_exist_ok=True)
+        for side, pictures in shown.items():
+            painter = NativeGenerator.from_pretrained(out / name).at(side)
+            pictures.append(list(sample(painter, held_out(_SHOWN), range(_SHOWN))))
         gold = {str(side): _gold(place, side, job.images) for side in job.sides}
         rows[name] = {**json.loads((place / _DONE).read_text()), "gold": gold}
+    for side, pictures in shown.items():
+        sheet(pictures).save(out / f"samples-{side}.png")
     return {"steps": job.clean_steps + job.noisy_steps, "batch": job.batch, "seed": seed, "variants": rows}
+
+
+def show(table: Mapping[str, Any]) -> Table:
+    """A row a variant, its accuracy with the interval of 95 % in percent."""
+    sides = next(iter(table["variants"].values()))["gold"]
+    columns = ["variant", "parameters", "of the text", "Gflops", *(f"gold at {side} pixels" for side in sides)]
+    found = Table(*columns, title=f"{table['steps']:,} steps of {table['batch']}")
+    for name, row in table["variants"].items():
+        gold = [
+            f"{100 * one['gold']:.1f} % ({'–'.join(f'{100 * end:.1f}' for end in one['interval'])})"
+            for one in row["gold"].values()
+        ]
+        found.add_row(name, f"{row['parameters']:,}", f"{row['text_parameters']:,}", f"{row['gflops']:.4f}", *gold)
+    return found
 
 
 def _train(

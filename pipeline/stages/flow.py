@@ -203,10 +203,14 @@ def train_flow(
     run_task("flow", loss_at, modules, steps, config.noisy_steps, config.optimisation, folder, progress)
 
 
+def held_out(count: int) -> list[str]:
+    """Prompts to measure on, in turn of their skills."""
+    return [sample_prompt(random.Random(i), "eval", SKILLS[i % len(SKILLS)]).text for i in range(count)]
+
+
 def measured(generator: NativeGenerator, images: int = 510) -> dict[str, Any]:
     """How many of its pictures of held-out prompts follow them, by the oracle; larger ones are scaled to its size."""
-    prompts = [sample_prompt(random.Random(i), "eval", SKILLS[i % len(SKILLS)]) for i in range(images)]
-    texts = [prompt.text for prompt in prompts]
+    texts = held_out(images)
     painted = np.stack(list(sample(generator, texts, range(images))))
     if painted.shape[1] != SIZE:
         pixels = F.interpolate(to_pixels(painted), (SIZE, SIZE), mode="bilinear", antialias=True)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -50,7 +51,7 @@ from pipeline.judging import told
 from pipeline.networks import MMDiTNetwork, NetworkConfig
 from pipeline.progress import Progress, quiet_libraries
 from pipeline.settings import Section, dump
-from pipeline.stages.ablation import AblationJob, ablate
+from pipeline.stages.ablation import AblationJob, ablate, show
 from pipeline.stages.codec import CodecConfig, MeaningCodec, VAECodec, scenes_at, teach_vae
 from pipeline.stages.flow import FlowConfig, Optimisation, gallery_of, measured, run_task, train_flow
 from pipeline.store import atomic_write_text
@@ -144,11 +145,12 @@ def pretrain(config: PretrainConfig) -> None:
         case AblationJob():
             fresh, result = folder / "ablation", "table.json"
             fresh.mkdir(exist_ok=True)
-            quality = ablate(job, config.seed, folder, progress)
+            quality = ablate(job, config.seed, folder, fresh, progress)
+            Console(width=120).print(show(quality))
     atomic_write_text(fresh / result, json.dumps(quality, indent=2) + "\n")
     atomic_write_text(fresh / "pretrain.yaml", f"seed: {config.seed}\n{dump(config.job)}")
     shutil.copytree(fresh, config.publish, dirs_exist_ok=True)
-    progress.say(f"{config.publish}: {json.dumps(quality)}")
+    progress.say(config.publish if isinstance(job, AblationJob) else f"{config.publish}: {json.dumps(quality)}")
 
 
 def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: Progress) -> dict:
