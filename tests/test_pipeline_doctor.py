@@ -3,11 +3,7 @@
 import contextlib
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,10 +28,8 @@ from pipeline.store import Artifact
 from pipeline.verbs import doctor as verb
 from pipeline.verbs.doctor import CHECKS
 from rewards.reward import ModelReward, Rewards
+from tests.processes import launched
 from tests.tiny_pipelines import FAMILIES
-
-HOME = Path(__file__).parent.parent
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
 
 
 def examine(config, folder, say=lambda line: None):
@@ -214,13 +208,7 @@ assert not verb.doctor(config, as_json=True)
 def test_two_processes_hold_one_gradient_unless_the_exchange_is_skipped(config, folder):
     script = folder / "launched.py"
     script.write_text(UNSYNCHRONISED)
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, str(script), str(folder / "examined.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = launched(2, script, folder / "examined.yaml", env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     honest, broken = json.loads("[" + done.stdout.replace("}\n{", "},{") + "]")
     assert {check["name"]: check["measured"] for check in honest["checks"] if check["ok"]}[learning.RANKS] == 1

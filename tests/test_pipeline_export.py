@@ -1,8 +1,6 @@
 """What is exported paints what the run painted: reloaded here, in a fresh process, and by diffusers' own readers."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +24,8 @@ from pipeline.config import Config
 from pipeline.settings import UserError, dump, load
 from pipeline.store import Artifact, read_rows
 from pipeline.verbs import export as verb
+from tests.processes import python
 from tests.tiny_pipelines import FAMILIES, Family
-
-HOME = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +95,8 @@ def test_a_fresh_process_paints_the_same(run, exported, pictures, repainted, tmp
     checkpoint = load(Config, run / "config.yaml").generator.checkpoint
     painted = tmp_path / "painted.npy"
     told = [run, checkpoint, exported["comfyui"], painted, "|".join(prompts), "|".join(map(str, keys))]
-    subprocess.run([sys.executable, "-c", PAINT, *map(str, told)], cwd=HOME, check=True)
+    done = python("-c", PAINT, *told)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert np.array_equal(np.load(painted), repainted["comfyui"])
 
 

@@ -1,10 +1,13 @@
-"""Two processes make what one makes: the same bytes when sampling, the same numbers to rounding when training."""
+"""Two processes make what one makes: the same bytes when sampling, the same numbers to rounding when training.
+
+They are started by `accelerate launch` itself, as no other test's are.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,38 +15,37 @@ import torch
 
 import pipeline
 from pipeline.store import Artifact, read_rows
+from tests.processes import HOME
 
-HOME = Path(__file__).parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
-
-
-def launch(command: list[str], **env: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, *command],
-        cwd=HOME,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+STAGES = ("sample", "finetune")
 
 
 @pytest.fixture(scope="module")
 def runs(config_at, folder):
     pipeline.run(config_at("one"))
-    path = config_at("two")
-    launch(["-m", "pipeline", "sample", str(path)])
-    for stage in ("judge", "prefer", "reward"):
-        pipeline.run_stage(path, stage)
-    launch(["-m", "pipeline", "finetune", str(path)])
-    return folder / "one", folder / "two"
+    one, two = folder / "one", folder / "two"
+    shutil.copytree(one, two)
+    (two / "events.jsonl").unlink()
+    for stage in STAGES:
+        shutil.rmtree(two / stage)
+    command = ["-m", "pipeline", "run", str(config_at("two")), *(f"--only={stage}" for stage in STAGES)]
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, *command],
+        cwd=HOME,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return one, two
 
 
 def test_two_processes_took_part(runs):
     events = [json.loads(line) for line in (runs[1] / "events.jsonl").read_text().splitlines()]
     processes = {event["stage"]: event["processes"] for event in events if event["kind"] == "stage_start"}
-    assert processes == {"sample": 2, "judge": 1, "prefer": 1, "reward": 1, "finetune": 2}
+    assert processes == dict.fromkeys(STAGES, 2)
 
 
 def test_sampled_shards_are_the_same_bytes(runs):

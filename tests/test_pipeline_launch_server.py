@@ -18,7 +18,7 @@ from pipeline.judging import QuestionsJudge
 from pipeline.launch import SPEED, Serve, Servers, last_words, start
 from pipeline.runner import Interrupted, Stage, Work
 from pipeline.settings import Section, SettingsError, UserError, load
-from tests.test_pipeline_launch import launch as launch_two
+from tests.processes import launched
 
 HOME = Path(__file__).parent.parent
 
@@ -216,7 +216,8 @@ run(Section(), [Stage("judge", (), lambda config: {}, lambda config: Work(), jud
 def test_of_two_processes_one_starts_the_server_and_both_know_it(fake, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launch_two([str(script), fake().model_dump_json(), str(tmp_path)], PYTHONPATH=paths())
+    done = launched(2, script, fake().model_dump_json(), tmp_path, env={"PYTHONPATH": paths()})
+    assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
     assert len(pids(tmp_path)) == 2
     assert alive(tmp_path) == []

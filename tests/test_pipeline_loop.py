@@ -1,9 +1,6 @@
 """The whole loop on a tiny configuration: it ends, it resumes to the byte after kills, and bad input stops it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from pipeline.settings import SettingsError, UserError, load
 from pipeline.stages import STAGES
 from pipeline.store import Artifact, read_rows
 from rewards import load_reward
+from tests.processes import python
 
 HOME = Path(__file__).parent.parent
 KILLED = """
@@ -24,11 +22,7 @@ import json, os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 import pipeline
-# What runs import late is here before the forks, which then need not import it seven times.
 from pipeline import progress, store
-from pipeline.report import view
-from pipeline.rl import trainer, watch
-from rewards import train
 config, run, kills = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 track, publish = progress.Progress.track, store._publish
 
@@ -108,14 +102,7 @@ def test_a_second_run_has_nothing_left_to_do(whole, config_at, capsys):
 def test_kills_in_every_stage_leave_no_trace(whole, config_at, folder):
     path = config_at("cut")
     kills = {"sample": 30, "judge": 2, "prefer": 1, "reward": 3, "finetune": 3, "evaluate": 2, "report": 1}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), str(folder / "cut"), json.dumps(kills)],
-        cwd=HOME,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", KILLED, path, folder / "cut", json.dumps(kills))
     assert done.returncode == 0, done.stderr[-3000:]
     pipeline.run(path)
     run, _ = whole

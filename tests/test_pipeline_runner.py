@@ -14,6 +14,7 @@ from pipeline import runner
 from pipeline.runner import Context, Interrupted, Stage, Work
 from pipeline.settings import Section, UserError
 from pipeline.store import Artifact, RunLock
+from tests.processes import python
 
 SHARDS = 4
 
@@ -187,14 +188,6 @@ CHILD = textwrap.dedent(
     sys.dont_write_bytecode = True
     from pipeline import cli
     how, sys.argv[1:] = sys.argv[1], sys.argv[2:]
-    if how == "typo":
-        sys.modules["pipeline.runner"] = None  # so that importing it, and torch with it, fails
-    else:
-        import test_pipeline_runner as fakes
-        def trap(stage, shard):
-            if (stage, shard) == ("judge", 2):
-                os.kill(os.getpid(), signal.Signals[how])
-        sys.modules["pipeline.stages"] = types.SimpleNamespace(STAGES=fakes.Recorder(trap).stages)
     from pipeline.settings import Section
     class Config(Section):
         name: str
@@ -203,6 +196,15 @@ CHILD = textwrap.dedent(
         judge: int = 1
         report: int = 1
     sys.modules["pipeline.config"] = types.SimpleNamespace(Config=Config)
+    if how == "typo":
+        sys.modules["pipeline.runner"] = None  # so that importing it, and torch with it, fails
+    else:
+        import test_pipeline_runner as fakes
+        from pipeline import loop
+        def trap(stage, shard):
+            if (stage, shard) == ("judge", 2):
+                os.kill(os.getpid(), signal.Signals[how])
+        loop.Config, loop.STAGES = Config, fakes.Recorder(trap).stages
     cli.main()
     """
 )
@@ -211,8 +213,10 @@ CHILD = textwrap.dedent(
 def command(how, *arguments):
     """Run the command line on the fake stages in a process that sends itself the signal `how`."""
     tests = Path(__file__).parent
-    code = CHILD.format(root=str(tests.parent), tests=str(tests))
-    return subprocess.run([sys.executable, "-c", code, how, *map(str, arguments)], capture_output=True, text=True)
+    asked = ["-c", CHILD.format(root=str(tests.parent), tests=str(tests)), how, *map(str, arguments)]
+    if how == "typo":  # what was imported before must not count
+        return subprocess.run([sys.executable, *asked], capture_output=True, text=True)
+    return python(*asked)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):

@@ -1,12 +1,8 @@
 """Data stages write the same bytes on one, two and four processes; the model of scale is of what is shared out."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +15,8 @@ from pipeline.rl.grpo import GRPO, GRPOConfig
 from pipeline.rl.rollout import rollout
 from pipeline.settings import UserError
 from pipeline.store import Artifact
+from tests.processes import launched
 
-HOME = Path(__file__).parent.parent
 DATA = ("sample", "judge", "prefer", "evaluate")
 SMALL_SHARDS = {"sample": {"shard": 12}, "judge": {"shard": 12}, "evaluate": {"shard": 4}}
 """Five or six of each stage, so that four processes take two turns, not all of them in the second."""
@@ -39,16 +35,7 @@ def test_data_stages_write_the_same_bytes_on_any_number_of_processes(one, config
     (folder / name / "events.jsonl").unlink()
     for stage in DATA:
         shutil.rmtree(folder / name / stage)
-    launch = ["accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
-    verb = ["--num_processes", str(processes), "-m", "pipeline", "run", str(config_at(name, **SMALL_SHARDS))]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *verb],
-        cwd=HOME,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = launched(processes, "-m", "pipeline", "run", config_at(name, **SMALL_SHARDS))
     assert done.returncode == 0, done.stderr[-3000:]
     events = [json.loads(line) for line in (folder / name / "events.jsonl").read_text().splitlines()]
     took_part = {event["stage"]: event["processes"] for event in events if event["kind"] == "stage_start"}

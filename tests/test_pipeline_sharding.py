@@ -1,10 +1,6 @@
 """Frozen weights that are shared out over two processes change nothing of what is learned, and no process waits."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -23,10 +19,11 @@ from pipeline.rl.shares import share_of
 from pipeline.rl.trainer import Trainer
 from pipeline.runner import process_state
 from pipeline.settings import SettingsError, UserError, load
+from tests import sharded
+from tests.processes import launched
 from tests.sharded import FAMILIES_TRIED, RUNS, brightness
 from tests.tiny_pipelines import FAMILIES
 
-HOME = Path(__file__).parent.parent
 RULE = {"terms": [{"type": "rule", "statistic": "brightness"}]}
 
 
@@ -44,18 +41,8 @@ def settings(config_at):
 def found(settings, generator_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded") / "found.json"
     pipe = {"checkpoint": str(FAMILIES["sd3"].saved(tmp_path_factory)), "resolution": 32, "max_tokens": 12}
-    configs = [str(settings("alone")), str(settings("coarse", **pipe, dtype="bfloat16"))]
-    launch = ["accelerate.commands.launch", "--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
-    asked = [str(HOME / "tests" / "sharded.py"), str(generator_folder), *configs, str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *asked],
-        cwd=HOME,
-        env={**os.environ, "PYTHONPATH": str(HOME)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    configs = settings("alone"), settings("coarse", **pipe, dtype="bfloat16")
+    done = launched(2, sharded.__file__, generator_folder, *configs, out)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +22,8 @@ from pipeline.settings import SettingsError, UserError, load
 from pipeline.stages import STAGES, prefer
 from pipeline.stages.finetune import FINETUNE
 from pipeline.store import Artifact, fingerprint, read_rows, write_rows
+from tests.processes import python
 
-HOME = Path(__file__).parent.parent
 SHAPES = ("circle", "square", "triangle", "ring", "star")
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in SHAPES]
 
@@ -99,19 +97,13 @@ def config_for(config_at) -> Callable[..., Path]:
     return make
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)], cwd=HOME, capture_output=True, text=True, check=False
-    )
-
-
 def test_a_reward_is_learned_from_a_table_alone(config_for, pictures_folder, folder):
     """Through the command line; bad rows are left out, told and kept."""
     rows = [own(0, PROMPTS[0], prompt_id="p0")]
     rows += [own(0, PROMPTS[0], **changes) for changes in BAD.values()]
     rows += [own(k, prompt) for k, prompt in enumerate(PROMPTS)]
     path = config_for("told", write(pictures_folder / "bad.jsonl", rows))
-    done = command("prefer", path)
+    done = python("-m", "pipeline", "prefer", path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     pipeline.run_stage(path, "reward")
@@ -220,7 +212,7 @@ def test_the_whole_loop_runs_on_a_table(config_for, good, folder):
 )
 def test_a_table_that_cannot_be_read_is_one_line_and_nothing_is_written(config_for, tmp_path, folder, rows, line):
     table = tmp_path / "absent.jsonl" if rows is None else write(tmp_path / "mine.jsonl", rows)
-    done = command("reward", config_for("unread", table))
+    done = python("-m", "pipeline", "reward", config_for("unread", table))
     assert done.returncode == 2
     assert done.stderr.startswith("prefer.table: ")
     assert line in done.stderr

@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,16 +30,11 @@ from pipeline.settings import SettingsError, UserError, load
 from pipeline.stages import finetune
 from pipeline.store import Artifact, read_rows
 from rewards.mixture import mixture_of
+from tests import geometries
 from tests.geometries import GEOMETRIES, brightness, trained
+from tests.processes import launched, python
 
 HOME = Path(__file__).parent.parent
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-TWO = ["--config_file", str(HOME / "configs" / "accelerate" / "cpu2.yaml")]
-
-
-def launched(arguments: list[str]) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
-    return subprocess.run([*ACCELERATE, *arguments], cwd=HOME, env=env, capture_output=True, text=True, check=False)
 
 
 # Who does what.
@@ -78,7 +70,7 @@ def test_what_cannot_be_shared_out_says_what_can(groups, size, whole):
 @pytest.fixture(scope="module")
 def on_two(generator_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "found.json"
-    done = launched([*TWO, str(HOME / "tests" / "geometries.py"), str(generator_folder), str(out)])
+    done = launched(2, geometries.__file__, generator_folder, out)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -112,7 +104,9 @@ def test_what_only_a_twin_remembers_is_asked_of_none(generator_folder):
 
 
 def test_processes_that_were_asked_for_and_did_not_start_are_missed(config_at):
-    done = launched(["--cpu", "--num_processes", "2", "-m", "pipeline", "finetune", str(config_at("asked"))])
+    """Accelerate itself starts the one process."""
+    asked = "--cpu", "--num_processes", "2", "-m", "pipeline", "finetune", config_at("asked")
+    done = python("-m", "accelerate.commands.launch", *asked, env={"PYTHONPATH": str(HOME)})
     assert done.returncode != 0
     assert "accelerate launch: several processes were asked for" in done.stderr
 

@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,34 +11,31 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.training import Average, Muon, hybrid_optimizers, load_state, orthogonalised, save_state, train, trapezoid
-
-CHILD = """
-import os, signal, sys, torch
-from pathlib import Path
-from pipeline.training import Average, hybrid_optimizers, train
-torch.manual_seed(0)
-net = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(6, 4)])})
-modules = {"net": net}
-def loss_at(step):
-    if step == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-    return (net["blocks"][0](x) - x[:, :4]).square().mean()
-average = Average(modules, 0.9)
-optimizers = hybrid_optimizers(modules, 1e-2, 1e-2)
-train(loss_at, modules, optimizers, 20, lambda s: 1.0, Path(sys.argv[1]), average, save_every=3)
-"""
+from tests.processes import python
 
 
-def run_child(folder: Path, kill_at: int) -> int:
-    command = [sys.executable, "-c", CHILD, str(folder), str(kill_at)]
-    return subprocess.run(command, cwd=Path(__file__).parent.parent, env=os.environ, check=False).returncode
+def learned(folder: Path, kill_at: int) -> None:
+    """Train twenty steps, or be killed at one of them."""
+
+    def loss_at(step):
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        return (net["blocks"][0](x) - x[:, :4]).square().mean()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(6, 4)])})
+    modules = {"net": net}
+    average = Average(modules, 0.9)
+    optimizers = hybrid_optimizers(modules, 1e-2, 1e-2)
+    train(loss_at, modules, optimizers, 20, lambda s: 1.0, folder, average, save_every=3)
 
 
 def test_a_killed_training_ends_with_the_same_bits(tmp_path):
-    assert run_child(tmp_path / "whole", -1) == 0
-    assert run_child(tmp_path / "cut", 10) == -signal.SIGKILL
-    assert run_child(tmp_path / "cut", -1) == 0
+    learned(tmp_path / "whole", -1)
+    assert python(__file__, tmp_path / "cut", "10").returncode == -signal.SIGKILL
+    learned(tmp_path / "cut", -1)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert len(names) >= 3
     for name in names:
@@ -112,3 +108,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     net = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="learning rate"):
         train(lambda step: net.weight.sum() * float("nan"), {"net": net}, [], 3, lambda s: 1.0, tmp_path / "state")
+
+
+if __name__ == "__main__":
+    learned(Path(sys.argv[1]), int(sys.argv[2]))

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from rewards.preferences import Pair
 from rewards.reward import ModelReward
 from rewards.train import RewardTraining, Stopped, train, training_order
 from tests import tiny_chat
+from tests.processes import python
 
 PROMPTS = [f"a {'red ' * reds}{shape}" for reds in range(1, 6) for shape in ("circle", "square")] * 4
 CONFIG = RewardTraining(epochs=3, batch=16, learning_rate=3e-3, save_steps=4)
@@ -98,13 +98,8 @@ def test_only_what_is_not_frozen_changes(itm_folder, reference):
 def test_killed_and_resumed_is_the_same_to_the_bit(itm_folder, reference, tmp_path):
     model, metrics = reference
     killed_at = metrics["steps"] - 2
-    arguments = (itm_folder, tmp_path / "run", str(killed_at), str(torch.get_num_threads()))
-    child = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
-        cwd=tmp_path,
-        check=False,
-    )
+    threads = str(torch.get_num_threads())
+    child = python(__file__, itm_folder, tmp_path / "run", str(killed_at), threads, cwd=tmp_path)
     assert child.returncode == -signal.SIGKILL
     (tmp_path / "run" / "partial-checkpoint-999").mkdir()
     steps = []
