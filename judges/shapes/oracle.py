@@ -63,7 +63,7 @@ def _identify(alpha: np.ndarray, colour: np.ndarray) -> Seen:
     x, y = float((alpha.sum(0) * centres).sum() / area), float((alpha.sum(1) * centres).sum() / area)
     by_colour = np.bincount(colour.ravel(), alpha.ravel(), minlength=len(COLOURS))
     main = int(by_colour.argmax())
-    overlaps = [_overlap(alpha, shape, x, y, area) for shape in SHAPES]
+    overlaps = _overlaps(alpha, x, y, area)
     best = int(np.argmax(overlaps))
     return Seen(
         shape=SHAPES[best] if overlaps[best] >= MIN_OVERLAP else None,
@@ -71,15 +71,17 @@ def _identify(alpha: np.ndarray, colour: np.ndarray) -> Seen:
         x=x,
         y=y,
         area=area,
-        overlap=overlaps[best],
+        overlap=float(overlaps[best]),
     )
 
 
-def _overlap(alpha: np.ndarray, shape: str, x: float, y: float, area: float) -> float:
-    radius = np.sqrt(area / _UNIT_AREA[shape])
-    template = coverage(shape, np.array(x), np.array(y - _DROP[shape] * radius), np.array(radius))
-    soft = ndimage.gaussian_filter(template, SOFTNESS)
-    return max(float(np.minimum(alpha, t).sum() / np.maximum(alpha, t).sum()) for t in (template, soft))
+def _overlaps(alpha: np.ndarray, x: float, y: float, area: float) -> np.ndarray:
+    """With each of SHAPES."""
+    radii = {shape: np.sqrt(area / _UNIT_AREA[shape]) for shape in SHAPES}
+    crisp = np.stack([coverage(shape, x, y - _DROP[shape] * radius, radius) for shape, radius in radii.items()])
+    soft = ndimage.gaussian_filter(crisp, (0.0, SOFTNESS, SOFTNESS))
+    alpha, templates = alpha.ravel(), np.stack([crisp, soft]).reshape(2, len(SHAPES), -1)
+    return (np.minimum(alpha, templates).sum(-1) / np.maximum(alpha, templates).sum(-1)).max(0)
 
 
 def _centroid_drop(shape: str) -> float:
