@@ -164,6 +164,12 @@ def _learner(
 
 
 @functools.cache
+def _size(module: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Of networks that are kept here, and asked for again and again."""
+    return models.metering.size(module, dtype)
+
+
+@functools.cache
 def _cost(network: nn.Module, size: tuple[int, int], tokens: int, learning: bool) -> "Cost":
     """Of `_ROWS` rows."""
     call = models.metering.learned if learning else models.metering.painted
@@ -221,7 +227,7 @@ class Painter:
     @property
     def weights(self) -> int:
         """Bytes of the network."""
-        return models.metering.size(self.network)
+        return _size(self.network)
 
     @property
     def gathered(self) -> int:
@@ -232,11 +238,11 @@ class Painter:
 
     @property
     def encoders(self) -> int:
-        return sum(models.metering.size(one, getattr(torch, self._settings.text_dtype)) for one in self._looks.encoders)
+        return sum(_size(one, getattr(torch, self._settings.text_dtype)) for one in self._looks.encoders)
 
     @property
     def codec(self) -> int:
-        return models.metering.size(self._looks.codec, getattr(torch, self._settings.codec_dtype))
+        return _size(self._looks.codec, getattr(torch, self._settings.codec_dtype))
 
     @property
     def offloads(self) -> bool:
