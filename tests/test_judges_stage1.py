@@ -108,10 +108,10 @@ def test_it_learns_to_match_and_to_tell(model):
     ids = tokenizer(names, return_tensors="pt").input_ids
     pixels = torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(4, 3, 32, 32).contiguous()
     model.vision_model.requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     follows, random = torch.eye(4, dtype=torch.bool), torch.Generator().manual_seed(0)
     first = None
-    for _ in range(300):
+    for _ in range(100):
         losses = stage1_losses(model, pixels, ids, torch.ones_like(ids), follows, ENDS, random)
         first = first or losses
         optimizer.zero_grad()

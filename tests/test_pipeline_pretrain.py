@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -19,8 +20,9 @@ from models import load_generator, sample
 from models.codec import Identity, load_codec, new_vae, same_codec, to_images, to_pixels
 from models.paths import Parametrisation
 from pipeline.settings import SettingsError, UserError, load
-from pipeline.stages.flow import captions_of
-from pipeline.stages.pretrain import GeneratorJob, PretrainConfig, pretrain, repainted
+from pipeline.stages import pretrain as stage
+from pipeline.stages.flow import captions_of, measured
+from pipeline.stages.pretrain import GeneratorJob, PretrainConfig, judge_quality, pretrain, repainted
 from rewards.backbones import QFormerReward
 
 JOBS = {
@@ -51,7 +53,10 @@ def published(tmp_path_factory):
         job = {"type": kind, **JOBS[kind], **codec, **changes}
         settings = {"name": name, "out": str(folder / "runs"), "publish": str(folder / name), "job": job}
         path.write_text(yaml.safe_dump(settings))
-        pretrain(load(PretrainConfig, path))
+        with pytest.MonkeyPatch.context() as patch:  # a quality that nobody reads needs no thousand pictures
+            patch.setattr(stage, "measured", partial(measured, images=12))
+            patch.setattr(stage, "judge_quality", partial(judge_quality, pictures=20))
+            pretrain(load(PretrainConfig, path))
         return folder / name
 
     return run
