@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from models.pretrain import new_generator
 from models.text import word_tokenizer
 
 WORDS = ("a", "red", "blue", "green", "circle", "square")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives to the end: training collects garbage, and would look at all of it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ would not: the seed of Python's hashes, and what was in the environment when the
 when they are imported. They end without what is registered `atexit`.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -144,6 +145,7 @@ def _child(arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, 
     os.chdir(cwd)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it was read when the server imported torch
     sys.modules.pop(SETTING, None)
+    gc.freeze()  # what the server imported lives to the end
     try:
         _run(*arguments)
     except Exception:
