@@ -1,9 +1,11 @@
 """Our rollout with log-probabilities against the diffusers pipeline loop that others build on: one run, same weights.
 
     python -m benchmarks.rollout [--prompts 2] [--siblings 24] [--steps 10] [--guidance 4.5] [--compile]
+    python -m benchmarks.rollout --wide --prompts 1 --siblings 16 --batch 16 --repeats 1
     python -m benchmarks.rollout --sd35 --prompts 4 --learn-batch 4 --compile
 
-Untrained networks: a tiny SD3, or with `--sd35` Stable Diffusion 3.5 Medium at 512 x 512, text encoders included.
+Untrained networks: a tiny SD3; with `--wide` two blocks of Stable Diffusion 3.5 Medium's width in its place; or with
+`--sd35` that model at 512 x 512, text encoders included.
 
 - plain: `StableDiffusion3Pipeline`, each sibling from noise of its own, its prompt encoded for it, the adapter beside
   the base weights. It knows no log-probabilities, which others add to it.
@@ -110,6 +112,8 @@ TINY = {
     ),
 }
 
+_WIDE = {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 24, "caption_projection_dim": 1536}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -122,10 +126,14 @@ class Size:
     dtype: str
 
 
-def size_of(large: bool, dtype: str) -> Size:
-    if large:
-        return Size(geometry("stabilityai/stable-diffusion-3.5-medium").parts, 512, 77, 256, dtype)
-    return Size(TINY, 32, 16, 16, dtype)
+def size_of(asked: argparse.Namespace) -> Size:
+    if asked.sd35:
+        return Size(geometry("stabilityai/stable-diffusion-3.5-medium").parts, 512, 77, 256, asked.dtype)
+    parts = TINY
+    if asked.wide:
+        tiny = TINY["transformer"]
+        parts = {**TINY, "transformer": replace(tiny, config={**tiny.config, **_WIDE})}
+    return Size(parts, 32, 16, 16, asked.dtype)
 
 
 def untrained(size: Size, guidance: float, device: torch.device) -> SD3Generator:
@@ -184,7 +192,7 @@ class Benchmark:
 
     def __init__(self, asked: argparse.Namespace):
         self.asked = asked
-        self.size = size_of(asked.sd35, asked.dtype)
+        self.size = size_of(asked)
         self.generator = untrained(self.size, asked.guidance, process_state().device)
         config = GRPOConfig(sampler="cps", eta=0.8, window=asked.window, last_start=asked.last_start, kl=0.0)
         config.check(asked.steps, asked.siblings)
@@ -377,6 +385,7 @@ def show(benchmark: Benchmark, found: list[Timing], rate: float, against: list[T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd35", action="store_true", help="Stable Diffusion 3.5 Medium's geometry at 512 x 512")
+    parser.add_argument("--wide", action="store_true", help="two blocks as wide as Stable Diffusion 3.5 Medium's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--siblings", type=int, default=24)
