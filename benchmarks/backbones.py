@@ -32,9 +32,16 @@ from rewards.evaluation import REWARD
 from rewards.reward import ModelReward
 
 ITM = "judges/checkpoints/shapes/itm"
+VQA = "judges/checkpoints/shapes/vqa"
 GENERATOR = "models/checkpoints/shapes"
 BACKBONES: dict[str, dict[str, Any]] = {
     "qformer": {"type": "qformer", "checkpoint": ITM},
+    "vqa": {
+        "type": "vqa",
+        "checkpoint": VQA,
+        "template": "Question: does this figure show {}? Answer:",
+        "length": 20,
+    },
     "imagereward": {"type": "imagereward", "checkpoint": ITM, "fresh": True},
     "clip": {"type": "clip", "checkpoint": ITM, "fresh": True},
     "latent": {"type": "latent", "checkpoint": GENERATOR},
@@ -66,6 +73,7 @@ class Entry:
 HIGHER = {"learning_rate": 1e-3}
 TABLE = (
     Entry("qformer", "bradley_terry", tuned=True),
+    Entry("vqa", "bradley_terry", tuned=True),
     Entry("imagereward", "bradley_terry", tuned=True),
     Entry("clip", "bradley_terry", more=HIGHER, tuned=True),
     Entry("latent", "thurstone", more=HIGHER, tuned=True),

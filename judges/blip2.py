@@ -316,10 +316,14 @@ def load_blip2(folder: str | Path, device: str = "cpu", **settings) -> Blip2VQA:
 
 def language_logits(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Next-token logits (R, Q + L, V) of a decoder-only language model on `prefixes` (R, Q, W), then `ids` (R, L)."""
+    return model.language_model.get_output_embeddings()(language_states(model, prefixes, ids, mask))
+
+
+def language_states(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (R, Q + L, W) of a decoder-only language model on `prefixes` (R, Q, W), then `ids` (R, L)."""
     decoder = model.language_model.get_decoder()
     embedded = _embedded(model, prefixes, ids)
-    hidden = decoder(inputs_embeds=embedded, attention_mask=_mask(prefixes, mask), use_cache=False).last_hidden_state
-    return model.language_model.get_output_embeddings()(hidden)
+    return decoder(inputs_embeds=embedded, attention_mask=_mask(prefixes, mask), use_cache=False).last_hidden_state
 
 
 def _embedded(model: Blip2ForConditionalGeneration, prefixes: Tensor, ids: Tensor) -> Tensor:

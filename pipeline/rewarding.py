@@ -41,6 +41,23 @@ class QFormerBackbone(Backbone):
         return rewards.QFormerReward.from_checkpoint(self.checkpoint)
 
 
+class VQABackbone(Backbone):
+    """A BLIP-2 that answers questions, its yes with a scalar head; see `rewards.backbones.vqa`.
+
+    Attributes:
+        template: the question, with `{}` where the prompt goes.
+        length: tokens that every question is padded to; null for the tokenizer's length.
+    """
+
+    type: Literal["vqa"]
+    template: str | None = None
+    length: int | None = Field(None, ge=1)
+
+    def build(self, seed: int) -> "RewardModel":
+        settings = self.model_dump(exclude={"type", "checkpoint"}, exclude_none=True)
+        return rewards.VQAReward.from_checkpoint(self.checkpoint, **settings)
+
+
 class ClipBackbone(Backbone):
     """A CLIP or SigLIP, such as PickScore; or a `fresh` one around the vision tower of a BLIP-2 checkpoint.
 
@@ -110,7 +127,8 @@ class LatentBackbone(Backbone):
 
 
 BackboneConfig = Annotated[
-    QFormerBackbone | ClipBackbone | ImageRewardBackbone | ChatBackbone | LatentBackbone, Field(discriminator="type")
+    QFormerBackbone | VQABackbone | ClipBackbone | ImageRewardBackbone | ChatBackbone | LatentBackbone,
+    Field(discriminator="type"),
 ]
 
 

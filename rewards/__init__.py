@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "Lora",
             "QFormerReward",
             "RewardModel",
+            "VQAReward",
             "load_model",
         ],
         "mixture": ["Mixture", "Term", "mixture_of"],

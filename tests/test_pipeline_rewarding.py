@@ -22,6 +22,10 @@ CHANGES = {
         "train": {"type": "lora", "rank": 2},
         "loss": {"type": "gaussian", "likelihood": "sampled"},
     },
+    "vqa": {
+        "backbone": {"type": "vqa", "template": "is there {} ?", "length": 20},
+        "train": {"type": "lora", "rank": 2},
+    },
     "latent": {"backbone": {"type": "latent", "most_noise": 0.8}, "loss": {"type": "thurstone"}},
     "qformer": {
         "backbone": {"type": "qformer"},
@@ -34,8 +38,8 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def checkpoints(judge_folder, generator_folder, tmp_path_factory) -> dict[str, str]:
     chat = tiny_chat.save(*tiny_chat.llava(), tmp_path_factory.mktemp("chat"))
-    itm = str(judge_folder / "itm")
-    return {"clip": itm, "imagereward": itm, "qformer": itm, "chat": str(chat), "latent": str(generator_folder)}
+    of_itm = dict.fromkeys(("clip", "imagereward", "qformer"), str(judge_folder / "itm"))
+    return {**of_itm, "vqa": str(judge_folder / "vqa"), "chat": str(chat), "latent": str(generator_folder)}
 
 
 @pytest.fixture(scope="module")

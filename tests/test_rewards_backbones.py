@@ -28,6 +28,8 @@ from transformers import (
     SiglipModel,
 )
 
+from judges.base import Question
+from judges.blip2 import Blip2VQA
 from judges.scorers import ClipJudge
 from models.codec import to_pixels
 from models.generator import NativeGenerator
@@ -43,6 +45,7 @@ from rewards.backbones import (
     Lora,
     QFormerReward,
     RewardModel,
+    VQAReward,
     filled,
     load_model,
     make_trainable,
@@ -50,16 +53,19 @@ from rewards.backbones import (
 )
 from rewards.backbones.processor import RewardProcessor
 from rewards.backbones.qformer import QFormerNetwork
+from rewards.backbones.vqa import VQANetwork
 from rewards.losses import Scores
 from tests import tiny_chat
 
 PROMPTS = ["a red circle", "a blue square", "square", "a green circle a red square"]
 WORLD = ["a red ring", "a blue cross", "a ring", "a red ring above a blue cross"]
+ASKED = "Question: does this figure show {}? Answer:"
 WORDS = ["a", "red", "blue", "green", "circle", "square"]
 LENGTH = 8
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SEEN = {**SMALL, "image_size": 32, "patch_size": 8}
-KINDS = ("qformer", "clip", "siglip", "imagereward", "chat", "latent")
+KINDS = ("qformer", "vqa", "clip", "siglip", "imagereward", "chat", "latent")
+OF_WORLD = ("vqa", "chat", "latent")  # read prompts of the embedded world
 TRAININGS = (Frozen(), Frozen(share=0.5), Frozen(share=1.0), Lora(rank=2), Full())
 
 
@@ -75,7 +81,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer, itm_folder, generator_folder) -> dict[str, Path]:
+def folders(tmp_path_factory, tokenizer, itm_folder, judge_folder, generator_folder) -> dict[str, Path]:
     """A checkpoint for each kind, small, untrained, and with weights large enough for every input to matter."""
     home = tmp_path_factory.mktemp("backbones")
     names = ("pad", "bos", "eos")
@@ -96,7 +102,8 @@ def folders(tmp_path_factory, tokenizer, itm_folder, generator_folder) -> dict[s
         pictures = BlipImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         RewardProcessor(tokenizer, pictures).save_pretrained(home / name)
     tiny_chat.save(*tiny_chat.llava(), home / "chat")
-    return {name: home / name for name in KINDS} | {"qformer": itm_folder, "latent": generator_folder}
+    made = {name: home / name for name in KINDS}
+    return made | {"qformer": itm_folder, "vqa": judge_folder / "vqa", "latent": generator_folder}
 
 
 def _noisy(kind: type[PreTrainedModel], config) -> PreTrainedModel:
@@ -112,6 +119,7 @@ def _noisy(kind: type[PreTrainedModel], config) -> PreTrainedModel:
 def build(folders) -> Callable[[str], RewardModel]:
     makers = {
         "qformer": QFormerReward.from_checkpoint,
+        "vqa": lambda folder: VQAReward.from_checkpoint(folder, template=ASKED),
         "clip": ClipReward.from_checkpoint,
         "siglip": ClipReward.from_checkpoint,
         "imagereward": ImageReward.from_checkpoint,
@@ -132,7 +140,7 @@ def images() -> list[np.ndarray]:
 
 
 def prompts_of(model: RewardModel) -> list[str]:
-    return WORLD if model.kind in ("chat", "latent") else PROMPTS
+    return WORLD if model.kind in OF_WORLD else PROMPTS
 
 
 def scores(model: RewardModel, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
@@ -269,11 +277,11 @@ def test_training_mode_draws_nothing(build, kind, images):
 
 def test_a_prompt_too_long_is_refused(build, kind):
     model = build(kind)
-    with pytest.raises(ValueError, match=r"^prompt: \d+ tokens, the reward model reads \d+: 'a a"):
+    with pytest.raises(ValueError, match=r"^prompt: \d+ tokens, the reward model reads \d+: '.*a a"):
         model.tokens([prompts_of(model)[0], "a " * 70])
 
 
-@pytest.mark.parametrize("name", ["qformer", "siglip", "imagereward", "latent"])
+@pytest.mark.parametrize("name", ["qformer", "vqa", "siglip", "imagereward", "latent"])
 def test_pictures_of_another_size_are_refused(build, name):
     with pytest.raises(ValueError, match=r"^image: 40 x 24 pixels, the reward model reads 32 x 32$"):
         build(name).pixels([np.zeros((24, 40, 3), np.uint8)])
@@ -295,9 +303,46 @@ def test_an_untrained_qformer_is_the_log_odds_of_image_text_matching(itm_folder,
 
 
 @torch.no_grad()
-def test_padding_is_not_read(build, images):
-    model = build("qformer")
-    tokens = model.tokens(PROMPTS)
+def test_an_untrained_vqa_is_the_log_odds_of_yes(build, folders, images):
+    judge = Blip2VQA.from_pretrained(folders["vqa"])
+    answers = judge.ask(images, [[Question(f"does this figure show {prompt}?")] for prompt in WORLD])
+    margins = torch.tensor([answer.margin for (answer,) in answers])
+    assert margins.std() > 1e-3
+    torch.testing.assert_close(scores(build("vqa"), images, WORLD).mean, margins, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vqa_pads_its_question_to_the_length_it_is_told(folders, tmp_path):
+    model = VQAReward.from_checkpoint(folders["vqa"], template=ASKED, length=20)
+    assert model.tokens(WORLD)["input_ids"].shape == (4, 20)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.template == ASKED
+    assert loaded.tokens(WORLD)["input_ids"].shape == (4, 20)
+
+
+@pytest.mark.parametrize("kind", [VQAReward, ChatReward])
+def test_a_template_without_a_place_for_the_prompt_is_refused(folders, kind):
+    with pytest.raises(ValueError, match=r"^template: 'is it good\?' must hold \{\} once"):
+        kind.from_checkpoint(folders[kind.kind], template="is it good?")
+
+
+def test_a_vqa_that_cannot_answer_is_refused(judge_folder, folders, tmp_path):
+    with pytest.raises(ValueError, match=r"^checkpoint: .* lacks language"):
+        VQAReward.from_checkpoint(judge_folder / "itm")
+    t5 = Blip2Config(text_config={"model_type": "t5"})
+    with pytest.raises(ValueError, match=r"^text_config: an encoder-decoder; take a BLIP-2 with a decoder-only"):
+        VQANetwork(t5)
+    shutil.copytree(folders["vqa"], tmp_path, dirs_exist_ok=True)
+    word_tokenizer(["perhaps"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^checkpoint: .* no tokens of the model say 'yes'"):
+        VQAReward.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qformer", "vqa"])
+@torch.no_grad()
+def test_padding_is_not_read(build, images, name):
+    model = build(name)
+    tokens = model.tokens(prompts_of(model))
     scrambled = {**tokens, "input_ids": torch.where(tokens["attention_mask"].bool(), tokens["input_ids"], 5)}
     features = model.encode(model.pixels(images))
     torch.testing.assert_close(model.reward(features, scrambled).mean, model.reward(features, tokens).mean)
@@ -458,8 +503,7 @@ ENSEMBLES = tuple(kind for kind in KINDS if kind != "chat")
 
 
 def scored(model: RewardModel, images: Sequence[np.ndarray]) -> Scores:
-    texts = WORLD if model.kind == "latent" else PROMPTS
-    return model.reward(model.encode(model.pixels(images[:4])), model.tokens(texts))
+    return scores(model, images[:4], prompts_of(model))
 
 
 @pytest.mark.parametrize("kind", ENSEMBLES)
@@ -474,8 +518,9 @@ def test_heads_differ_and_the_score_is_their_mean(build, images, kind):
     assert scored(build(kind), images).heads is None
 
 
-def test_the_mean_of_a_qformers_heads_starts_as_the_log_odds_that_image_and_prompt_match(build, images):
-    whole, several = build("qformer"), build("qformer").with_heads(4, seed=0)
+@pytest.mark.parametrize("name", ["qformer", "vqa"])
+def test_the_mean_of_a_blip2s_heads_starts_as_the_log_odds_that_image_and_prompt_match(build, images, name):
+    whole, several = build(name), build(name).with_heads(4, seed=0)
     torch.testing.assert_close(scored(several, images).mean, scored(whole, images).mean, atol=1e-5, rtol=0)
 
 

@@ -9,9 +9,10 @@ from rewards.backbones.imagereward import ImageReward
 from rewards.backbones.latent import LatentReward
 from rewards.backbones.qformer import QFormerReward
 from rewards.backbones.trainable import Frozen, Full, Lora, Trained, checkpointed, make_trainable, merge
+from rewards.backbones.vqa import VQAReward
 
 BACKBONES: dict[str, type[RewardModel]] = {
-    found.kind: found for found in (QFormerReward, ClipReward, ImageReward, ChatReward, LatentReward)
+    found.kind: found for found in (QFormerReward, VQAReward, ClipReward, ImageReward, ChatReward, LatentReward)
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "QFormerReward",
     "RewardModel",
     "Trained",
+    "VQAReward",
     "checkpointed",
     "filled",
     "load_model",

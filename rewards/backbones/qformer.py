@@ -8,9 +8,8 @@ image and prompt match.
 Shapes: B images, N tokens and D width of their features, Q queries, W their width, L tokens of a prompt, M heads.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from transformers import (
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from rewards.backbones.base import Parts, Picture, RewardModel, spread
+from rewards.backbones.base import Parts
+from rewards.backbones.blip2 import Blip2Reward, processor_of
 from rewards.backbones.processor import RewardProcessor
-from rewards.losses import Scores
 
 _ITM_ONLY = ("itm_head.", "vision_projection.", "text_projection.")
 
@@ -69,16 +68,10 @@ class QFormerNetwork(Blip2PreTrainedModel):
         return self.reward_head(fused[:, :count].mean(dim=1))
 
 
-class QFormerReward(RewardModel):
+class QFormerReward(Blip2Reward):
     """A scalar reward from a BLIP-2 Q-Former that reads image and prompt."""
 
     kind = "qformer"
-
-    def __init__(self, network: QFormerNetwork, processor: RewardProcessor):
-        super().__init__()
-        self.network, self.processor = network, processor
-        self.tokenizer = processor.tokenizer
-        self.eval().requires_grad_(False)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path) -> Self:
@@ -96,38 +89,6 @@ class QFormerReward(RewardModel):
         network.load_state_dict(state)
         return cls(network, _processor(folder, itm.config))
 
-    def pixels(self, images: Sequence[Picture]) -> Tensor:
-        return self.processor.pixels(images, self.network.config.vision_config.image_size)
-
-    def read(self, pictures: Tensor) -> Tensor:
-        return self.processor.read(pictures)
-
-    def look(self, pixels: Tensor) -> Tensor:
-        return self.network.vision_model(pixel_values=pixels).last_hidden_state
-
-    def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return self.processor.tokens(prompts)
-
-    def score(self, features: Tensor, tokens: dict[str, Tensor]) -> Scores:
-        return Scores.of_heads(self.network(features, **tokens))
-
-    @property
-    def head_count(self) -> int:
-        return self.network.reward_head.out_features
-
-    def with_heads(self, count: int, seed: int) -> Self:
-        """Each starts near the log-odds that image and prompt match, and their mean at them."""
-        network, old = self.network, self.network.reward_head
-        network.config.reward_heads = count
-        network.reward_head = nn.Linear(old.in_features, count).requires_grad_(False)
-        network.reward_head.weight.copy_(spread(old.weight[0], count, seed))
-        network.reward_head.bias.copy_(old.bias.expand(count))
-        return self
-
-    @torch.no_grad()
-    def shift_heads(self, by: Tensor) -> None:
-        self.network.reward_head.bias += by
-
     def parts(self) -> Parts:
         network = self.network
         return Parts(
@@ -140,11 +101,6 @@ class QFormerReward(RewardModel):
     def networks(self) -> tuple[nn.Module, ...]:
         return self.network.vision_model, self.network.qformer
 
-    def _save(self, folder: Path) -> dict[str, Any]:
-        self.network.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        return {}
-
     @classmethod
     def _load(cls, folder: Path) -> Self:
         network = QFormerNetwork.from_pretrained(folder, dtype=torch.float32)
@@ -152,7 +108,4 @@ class QFormerReward(RewardModel):
 
 
 def _processor(folder: str | Path, config: Blip2Config) -> RewardProcessor:
-    """Where the tokenizer has no length, it is what the positions leave beside the queries."""
-    return RewardProcessor.from_pretrained(
-        folder, config.qformer_config.max_position_embeddings - config.num_query_tokens
-    )
+    return processor_of(folder, config, config.qformer_config.max_position_embeddings)
