@@ -4,8 +4,8 @@
 
 A hacked run is rewarded by the judge and, with a weight, by how bright a picture is; told is at which of its checks a
 signal that can stop it is first above its threshold, and whether it is stopped. Clean runs of a minute follow the
-reward model alone, each with a seed of its own. What was measured stands in `alarm.json` in the folder of the runs and
-is not measured again.
+reward model alone, each with a seed of its own. What was measured stands in `benchmarks/results/alarm.jsonl` and is not
+measured again.
 """
 
 import argparse
@@ -15,12 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import Results, digest
 from benchmarks.tuning import pace_of, tuned
 from pipeline.config import Config
 from pipeline.loop import run_dir, run_loop
 from pipeline.progress import quiet_libraries
 from pipeline.settings import load
-from pipeline.store import Artifact, atomic_write_text
+from pipeline.store import Artifact
 from rewards.hacking import STOPPING
 
 BRIGHT = 60.0
@@ -69,28 +70,30 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     common = [*asked.overrides, "name=alarm"]
-    base = load(Config, asked.config, common)
-    run_loop(base, only=["sample", "judge", "prefer", "reward"])
-    place = run_dir(base) / "alarm.json"
-    found = json.loads(place.read_text()) if place.exists() else {"iterations": None, "runs": {}}
-    rows: dict[str, Any] = found["runs"]
+    results, of_config = Results("alarm"), digest(load(Config, asked.config, asked.overrides))
+    run_loop(load(Config, asked.config, common), only=["sample", "judge", "prefer", "reward"])
+    rows: dict[str, Any] = {}
 
     def keep(name: str, overrides: list[str], iterations: int) -> None:
-        if name not in rows:
-            rows[name] = checks(tuned(asked.config, overrides, iterations))
-            atomic_write_text(place, json.dumps(found, indent=2) + "\n")
+        key = {"config": of_config, "run": name, "overrides": overrides, "iterations": iterations}
+        rows[name] = results.find(**key)
+        if not rows[name]:
+            rows[name] = checks(tuned(asked.config, [*common, *overrides], iterations))
+            results.add(rows[name], **key)
 
     bright = {"terms": [{"type": "judge"}, {"type": "rule", "statistic": "brightness", "weight": BRIGHT}]}
     for name, algorithm in HACKED.items():
         if name in asked.only:
             of_run = [f"finetune.reward={json.dumps(bright)}", f"finetune.algorithm={json.dumps(algorithm)}"]
-            keep(name, [*common, *of_run, f"finetune.watch.every={EVERY}"], ITERATIONS)
+            keep(name, [*of_run, f"finetune.watch.every={EVERY}"], ITERATIONS)
     if CLEAN in asked.only:
-        iterations = found["iterations"] or pace_of(asked.config, common).iterations(CLEAN_SECONDS)
-        found["iterations"] = iterations
+        iterations = results.find(config=of_config, run=CLEAN)
+        if not iterations:
+            iterations = pace_of(asked.config, common).iterations(CLEAN_SECONDS)
+            results.add(iterations, config=of_config, run=CLEAN)
         for seed in range(asked.runs):
             of_run = [f"finetune.seed={seed}", f"finetune.watch.every={max(1, iterations // 3)}"]
-            keep(f"{CLEAN} {seed}", [*common, *of_run], iterations)
+            keep(f"{CLEAN} {seed}", of_run, iterations)
     Console(width=160).print(show(rows))
 
 

@@ -1,10 +1,10 @@
 """Which algorithm moves the same generator furthest by the same reward in the same time.
 
-    python -m benchmarks.algorithms configs/shapes.yaml [--only nft awm …] [--seconds 240] [--seeds 2] [key.sub=value …]
+    python -m benchmarks.algorithms CONFIG [--only nft awm …] [--seconds 240] [--seeds 0 1] [key.sub=value …]
 
 All algorithms of one seed share pictures, verdicts, preferences and reward model. The pace of each is measured first,
 one after another, and decides how many iterations it gets; so the machine should be idle for that, and need not be for
-the rest. What was measured stands in `algorithms.json` in the folder of the runs and is not measured again.
+the rest. What was measured stands in `benchmarks/results/algorithms.jsonl` and is not measured again.
 """
 
 import argparse
@@ -18,12 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import Results, digest
 from benchmarks.tuning import Pace, pace_of, tuned
 from pipeline.config import Config
 from pipeline.loop import run_dir, run_loop
 from pipeline.progress import quiet_libraries
 from pipeline.settings import load
-from pipeline.store import Artifact, atomic_write_text, read_rows
+from pipeline.store import Artifact, read_rows
 from rewards.hacking import distances
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -84,11 +85,10 @@ def _reached(gold: list[float], wanted: float, pace: Pace) -> float | None:
     return pace.seconds(int(there[0]) + SMOOTHED) if len(there) else None
 
 
-def show(budget: str, rows: dict[str, dict[str, Any]]) -> Table:
+def show(budget: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
     """A row an algorithm: means over its seeds, each tuned for so long."""
     table = Table(f"{budget} of", "seeds", "gold", "reward", "KL", "diversity", "images", "to +10", "+20", "+30 points")
-    for name, seeds in rows.items():
-        found = list(seeds.values())
+    for name, found in rows.items():
         mean = {key: np.mean([one[key] for one in found], axis=0) for key in ("gold", "reward", "kl", "images")}
         spread = np.std([one["gold"][1] for one in found])
         rises = [
@@ -112,34 +112,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", default=[])
-    parser.add_argument("--only", nargs="*", choices=ALGORITHMS)
+    parser.add_argument("--only", nargs="*", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seconds", type=float, default=240.0)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     asked = parser.parse_args()
     quiet_libraries()
-    place = run_dir(load(Config, asked.config, [*asked.overrides, "name=algorithms"])).with_suffix(".json")
-    found = json.loads(place.read_text()) if place.exists() else {}
-    mine = found.setdefault(" ".join(asked.overrides), {"paces": {}, "rows": {}})
-    paces, rows = mine["paces"], mine["rows"].setdefault(f"{asked.seconds:g} s", {})
+    results = Results("algorithms")
+    common = {"config": digest(load(Config, asked.config, asked.overrides)), "overrides": asked.overrides}
 
-    def settle() -> None:
-        atomic_write_text(place, json.dumps(found, indent=2) + "\n")
+    def key(name: str, **more: Any) -> dict[str, Any]:
+        return {**common, "algorithm": name, "settings": ALGORITHMS[name], **more}
 
-    names = asked.only or list(ALGORITHMS)
-    for name in names:
-        if name not in paces:
-            paces[name] = asdict(pace_of(asked.config, _begun(asked.config, asked.overrides, 0, name)))
-            settle()
-    for seed in range(asked.seeds):
-        for name in names:
-            if str(seed) not in rows.get(name, {}):
+    paces = {}
+    for name in asked.only:
+        if not (found := results.find(**key(name))):
+            found = asdict(pace_of(asked.config, _begun(asked.config, asked.overrides, 0, name)))
+            results.add(found, **key(name))
+        paces[name] = Pace(**found)
+    for seed in asked.seeds:
+        for name in asked.only:
+            of_row = key(name, seconds=asked.seconds, seed=seed)
+            if not results.find(**of_row):
                 overrides = _begun(asked.config, asked.overrides, seed, name)
-                rows.setdefault(name, {})[str(seed)] = measured(
-                    asked.config, overrides, Pace(**paces[name]), asked.seconds
-                )
-                settle()
-    for budget, of_budget in mine["rows"].items():
-        Console(width=180).print(show(budget, of_budget))
+                results.add(measured(asked.config, overrides, paces[name], asked.seconds), **of_row)
+    rows = {
+        name: [results.find(**key(name, seconds=asked.seconds, seed=seed)) for seed in asked.seeds]
+        for name in asked.only
+    }
+    Console(width=180).print(show(f"{asked.seconds:g} s", rows))
 
 
 def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
@@ -148,7 +148,7 @@ def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
     base = load(Config, path, [*common, f"name=algorithms-{seed}"])
     run_loop(base, only=list(SHARED))
     settings = [f"finetune.{key}={json.dumps(value)}" for key, value in ALGORITHMS[name].items()]
-    chosen = [*common, f"name=algorithms-{seed}-tuned", *settings]
+    chosen = [*common, f"name=algorithms-{seed}-{name.replace(', ', '-')}", *settings]
     target = run_dir(load(Config, path, chosen))
     shutil.rmtree(target, ignore_errors=True)
     for stage in SHARED:
