@@ -179,6 +179,7 @@ def test_lessons_keep_to_the_training_split_and_tell_the_truth():
 def test_a_description_gives_the_nearest_line_of_the_grid():
     scene = (Item("ring", "red", 15.9, 4.1, 5), Item("cross", "blue", 8, 27, 5))
     assert describe(scene, SIZE) == "blue cross x2 y7 , red ring x4 y1"
+    assert describe(scene, SIZE, downwards=True) == "red ring x4 y1 , blue cross x2 y7"
 
 
 def test_a_retold_scene_still_holds():

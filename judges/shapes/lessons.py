@@ -15,6 +15,7 @@ from judges.shapes.questions import ask, describe
 from judges.shapes.render import SIZE, scene_of
 
 _FLAWED = 0.6  # share of the pictures
+_ORDERS = ("[BOS]", "[BOS] below")  # what a description from left to right follows, and one from top to bottom
 _SKILLS = {  # how often each is drawn: the harder, the more
     "single_object": 1,
     "colors": 1,
@@ -90,7 +91,8 @@ def answering_batch(rng: random.Random, size: int, questions: int, template: str
     drawn = [_example(rng) for _ in range(size)]
     index, texts = [], []
     for row, (prompt, example) in enumerate(drawn):
-        texts.append(("[BOS]", describe(example.objects, SIZE)))
+        downwards = rng.random() < 0.5
+        texts.append((_ORDERS[downwards], describe(example.objects, SIZE, downwards)))
         told = rng.choice([prompt, retell(example.objects, rng) or prompt])
         for text, truth in ask(example.objects, told, change_one(told, rng, "train"), rng, questions):
             texts.append((template.format(text), "yes" if truth else "no"))

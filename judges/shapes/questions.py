@@ -69,11 +69,11 @@ def decompose(text: str) -> list[Question]:
     return [Question(q.text, parents=(1, 2) if q.kind == "relation" else ()) for q in queries(parse(text))]
 
 
-def describe(objects: Sequence[Object], size: int) -> str:
-    """A caption that names every object with the nearest place on the grid, from left to right."""
+def describe(objects: Sequence[Object], size: int, downwards: bool = False) -> str:
+    """A caption that names every object with its nearest place on the grid, from left to right or top to bottom."""
     parts = [
         f"{Thing(o.shape or 'object', o.colour).text} x{_cell(o.x, size)} y{_cell(o.y, size)}"
-        for o in sorted(objects, key=lambda o: o.x)
+        for o in sorted(objects, key=lambda o: o.y if downwards else o.x)
     ]
     return " , ".join(parts)
 

@@ -109,7 +109,7 @@ class JudgeJob(Section):
     queries: int = 12
     vision_steps: int = Field(600, ge=1)
     matching_steps: int = Field(1200, ge=1)
-    answering_steps: int = Field(11500, ge=1)
+    answering_steps: int = Field(13900, ge=1)
     first_stage: Literal["itm", "paper"] = "itm"
     language: Literal["trained", "frozen"] = "trained"
     reading_steps: int = Field(600, ge=1)
@@ -314,10 +314,18 @@ def judge_quality(folder: Path, pictures: int = 1000) -> dict:
         logits = matching_logits(matcher, features, ids, mask)
     matched = (logits[:, 1] > logits[:, 0]).numpy() == np.array([truth[0] for truth in truths])
     flat = [r for row in right for r in row]
+    related = [
+        (query.prompt.relation, r)
+        for found, row in zip(asked, right, strict=True)
+        for query, r in zip(found, row, strict=True)
+        if query.kind == "relation"
+    ]
     return {
         "questions": float(np.mean(flat)),
         "whole_prompt_question": float(np.mean([row[0] for row in right])),
         "verdict": float(np.mean(verdicts)),
+        "left_or_right": float(np.mean([r for told, r in related if told in ("left of", "right of")])),
+        "above_or_below": float(np.mean([r for told, r in related if told in ("above", "below")])),
         "matching": float(matched.mean()),
         "images": pictures,
         "asked": len(flat),
