@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CORES := $(shell nproc 2>/dev/null || echo 1)
 VLLM := .venv-vllm
 CUDA := $(shell command -v nvidia-smi)
 
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: run test lint vllm test-vllm clean
 
 run: .venv/ready
-	$(BIN)/python -m pipeline run configs/shapes.yaml
+	$(BIN)/python -m pipeline run configs/shapes.yaml $(if $(CUDA)$(filter 1,$(CORES)),,--processes 2)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

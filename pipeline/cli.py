@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from judges.base import Unavailable
+from pipeline.processes import LAUNCHED, spread
 from pipeline.settings import Section, SettingsError, UserError, load
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value", help="Settings laid over the file.")]
+Processes = Annotated[int, typer.Option(min=1, help="Of this machine, that share the work.")]
 
 _STAGES = {
     "sample": "Sample images from the generator.",
@@ -59,14 +61,15 @@ def run_all(
     config: ConfigFile,
     overrides: Overrides = None,
     only: Annotated[list[str] | None, typer.Option(help="Just this stage; may be repeated.")] = None,
+    processes: Processes = 1,
 ) -> None:
     """Run all stages whose results do not stand already."""
-    _run(config, overrides, only or [])
+    _run(config, overrides, only or [], processes)
 
 
-def _stage_verb(name: str) -> Callable[[Path, list[str] | None], None]:
-    def verb(config: ConfigFile, overrides: Overrides = None) -> None:
-        _run(config, overrides, [name])
+def _stage_verb(name: str) -> Callable[[Path, list[str] | None, int], None]:
+    def verb(config: ConfigFile, overrides: Overrides = None, processes: Processes = 1) -> None:
+        _run(config, overrides, [name], processes)
 
     return verb
 
@@ -231,10 +234,12 @@ def _settings(config: Path, overrides: list[str] | None) -> tuple[Section, Path]
     return settings, run_dir(settings)
 
 
-def _run(config: Path, overrides: list[str] | None, only: list[str]) -> None:
+def _run(config: Path, overrides: list[str] | None, only: list[str], processes: int) -> None:
     from pipeline.config import Config
 
     settings = load(Config, config, overrides or ())
+    if processes > 1 and LAUNCHED not in os.environ:
+        raise typer.Exit(spread(processes, [sys.executable, "-m", "pipeline", *sys.argv[1:]]))
     from pipeline.loop import run_loop
 
     run_loop(settings, only=only)
