@@ -87,8 +87,14 @@ def pids(folder: Path) -> list[int]:
 
 def alive(folder: Path) -> list[int]:
     """Those of the server's processes that are more than entries in a table."""
-    found = [psutil.Process(pid) for pid in pids(folder) if psutil.pid_exists(pid)]
-    return [process.pid for process in found if process.status() != psutil.STATUS_ZOMBIE]
+    return [pid for pid in pids(folder) if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def soon(condition, seconds: float = 10.0) -> bool:
