@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import Results, digest
-from benchmarks.tuning import pace_of, tuned
+from benchmarks.tuning import pace_of, staged, tuned
 from pipeline.config import Config
-from pipeline.loop import run_dir, run_loop
-from pipeline.progress import quiet_libraries
+from pipeline.loop import run_dir
 from pipeline.settings import load
 from pipeline.store import Artifact
 from rewards.hacking import STOPPING
@@ -68,10 +67,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*HACKED, CLEAN], default=[*HACKED, CLEAN])
     parser.add_argument("--runs", type=int, default=20)
     asked = parser.parse_args()
-    quiet_libraries()
     common = [*asked.overrides, "name=alarm"]
     results, of_config = Results("alarm"), digest(load(Config, asked.config, asked.overrides))
-    run_loop(load(Config, asked.config, common), only=["sample", "judge", "prefer", "reward"])
+    staged(asked.config, common, "sample", "judge", "prefer", "reward")
     rows: dict[str, Any] = {}
 
     def keep(name: str, overrides: list[str], iterations: int) -> None:

@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import Results, digest
-from benchmarks.tuning import Pace, pace_of, tuned
+from benchmarks.tuning import Pace, pace_of, staged, tuned
 from pipeline.config import Config
-from pipeline.loop import run_dir, run_loop
-from pipeline.progress import quiet_libraries
+from pipeline.loop import run_dir
 from pipeline.settings import load
 from pipeline.store import Artifact, read_rows
 from rewards.hacking import distances
@@ -55,8 +54,7 @@ SMOOTHED = 9
 
 def measured(path: str, overrides: list[str], pace: Pace, seconds: float) -> dict[str, Any]:
     """What `seconds` of fine-tuning did."""
-    config = tuned(path, overrides, pace.iterations(seconds))
-    run_loop(config, only=["evaluate"])
+    config = tuned(path, overrides, pace.iterations(seconds), "evaluate")
     folder = run_dir(config)
     found = json.loads(Artifact(folder / "evaluate").path("metrics.json").read_text())["generator"]
     course = read_rows(Artifact(folder / "evaluate"), "curves.parquet")
@@ -116,7 +114,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     asked = parser.parse_args()
-    quiet_libraries()
     results = Results("algorithms")
     common = {"config": digest(load(Config, asked.config, asked.overrides)), "overrides": asked.overrides}
 
@@ -145,8 +142,7 @@ def main() -> None:
 def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
     """Put what all algorithms of a seed begin with into a folder of nothing else; the overrides that name it."""
     common = [*overrides, f"seed={seed}"]
-    base = load(Config, path, [*common, f"name=algorithms-{seed}"])
-    run_loop(base, only=list(SHARED))
+    base = staged(path, [*common, f"name=algorithms-{seed}"], *SHARED)
     settings = [f"finetune.{key}={json.dumps(value)}" for key, value in ALGORITHMS[name].items()]
     chosen = [*common, f"name=algorithms-{seed}-{name.replace(', ', '-')}", *settings]
     target = run_dir(load(Config, path, chosen))

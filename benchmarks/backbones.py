@@ -143,8 +143,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def tuned(path: str, overrides: Sequence[str], target: float) -> dict[str, Any]:
     """Gold of the generator, base and tuned for about `target` seconds by the reward that stands in the run."""
     pace = tuning.pace_of(path, overrides)
-    config = tuning.tuned(path, overrides, pace.iterations(target))
-    run_loop(config, only=["evaluate"])
+    config = tuning.tuned(path, overrides, pace.iterations(target), "evaluate")
     found = json.loads(Artifact(run_dir(config) / "evaluate").path("metrics.json").read_text())["generator"]
     gold = {name: found[name]["gold"] for name in ("base", "tuned")}
     iterations = config.finetune.iterations

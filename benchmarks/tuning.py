@@ -1,13 +1,18 @@
-"""How many iterations of `finetune` fit into so many seconds of this machine."""
+"""Stages of a run as a user starts them, and how many iterations of `finetune` fit into so many seconds."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.loop import run_loop
 from pipeline.settings import load
+
+PROCESSES = min(2, os.cpu_count() or 1)
+"""That share the work of this machine."""
 
 _FEW, _MORE = 2, 8
 
@@ -41,8 +46,14 @@ def pace_of(path: str | Path, overrides: Sequence[str]) -> Pace:
     return Pace(max(0.0, few - _FEW * each), each)
 
 
-def tuned(path: str | Path, overrides: Sequence[str], iterations: int) -> Config:
-    """Tune the generator of a run by so many iterations; the settings it was done with."""
-    config = load(Config, path, [*overrides, f"finetune.iterations={iterations}"])
-    run_loop(config, only=["finetune"])
-    return config
+def tuned(path: str | Path, overrides: Sequence[str], iterations: int, *more: str) -> Config:
+    """Tune the generator of a run by so many iterations, then do `more` stages; the settings it was done with."""
+    return staged(path, [*overrides, f"finetune.iterations={iterations}"], "finetune", *more)
+
+
+def staged(path: str | Path, overrides: Sequence[str], *stages: str) -> Config:
+    """Run stages of a run as far as they do not stand; its settings. Raises CalledProcessError where one fails."""
+    only = [word for stage in stages for word in ("--only", stage)]
+    command = [sys.executable, "-m", "pipeline", "run", str(path), *overrides, *only, "--processes", str(PROCESSES)]
+    subprocess.run(command, check=True)
+    return load(Config, path, overrides)
