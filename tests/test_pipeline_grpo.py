@@ -416,4 +416,4 @@ def test_the_gradient_of_redrawn_groups_is_that_of_groups_drawn_at_once(generato
     assert again.groups_dropped == 0
     assert again.loss == pytest.approx(done.loss, abs=1e-5)
     for a, b in zip(found.trained, together.trained, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-2)
+        torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-2)
