@@ -4,8 +4,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.store import Artifact
@@ -66,7 +66,7 @@ def test_they_end_with_who_started_them(tmp_path):
     _wait(lambda: len(list(tmp_path.iterdir())) == 2)
     running.kill()
     running.wait()
-    _wait(lambda: not any(Path("/proc", path.name).exists() for path in tmp_path.iterdir()))
+    _wait(lambda: not any(psutil.pid_exists(int(path.name)) for path in tmp_path.iterdir()))
 
 
 def test_a_stage_in_two_processes_makes_what_one_makes(config_at, folder):

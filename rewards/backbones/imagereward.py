@@ -13,7 +13,6 @@ Shapes: B images, N tokens and D width of their features, L tokens of a prompt.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +29,8 @@ from transformers import (
 
 from judges.weights import load_whole
 from models.keys import sample_key
-from rewards.backbones.base import HEAD, Heads, Parts, Picture, RewardModel, mlp
+from rewards.backbones.base import HEAD, Heads, Parts, mlp
+from rewards.backbones.blip import BlipReward
 from rewards.backbones.processor import RewardProcessor
 from rewards.losses import Scores
 
@@ -38,7 +38,7 @@ WIDTHS = (1024, 128, 64, 16, 1)
 """Of the head's layers; there is no activation between them."""
 
 
-class ImageReward(RewardModel):
+class ImageReward(BlipReward):
     """A scalar reward from a BLIP and an MLP; the network is a `BlipForImageTextRetrieval` whose heads are not used."""
 
     kind = "imagereward"
@@ -86,18 +86,6 @@ class ImageReward(RewardModel):
         network.text_encoder.load_state_dict(_text_encoder(blip2), strict=False)
         return cls(network, _head(config, seed), _processor(folder, config))
 
-    def pixels(self, images: Sequence[Picture]) -> Tensor:
-        return self.processor.pixels(images, self.network.config.vision_config.image_size)
-
-    def read(self, pictures: Tensor) -> Tensor:
-        return self.processor.read(pictures)
-
-    def look(self, pixels: Tensor) -> Tensor:
-        return self.network.vision_model(pixel_values=pixels).last_hidden_state
-
-    def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return self.processor.tokens(prompts)
-
     def score(self, features: Tensor, tokens: dict[str, Tensor]) -> Scores:
         grounded = self.network.text_encoder(**tokens, encoder_hidden_states=features).last_hidden_state  # (B, L, D)
         return Scores.of_heads(self.head(grounded[:, 0]))
@@ -122,8 +110,7 @@ class ImageReward(RewardModel):
         return self.network.vision_model, self.network.text_encoder
 
     def _save(self, folder: Path) -> dict[str, Any]:
-        self.network.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        super()._save(folder)
         save_file(self.head.state_dict(), folder / HEAD)
         return {"heads": len(self.head)} if isinstance(self.head, Heads) else {}
 

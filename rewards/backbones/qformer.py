@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from rewards.backbones.base import Parts
-from rewards.backbones.blip2 import Blip2Reward, processor_of
+from rewards.backbones.blip import Blip2Reward, processor_of
 from rewards.backbones.processor import RewardProcessor
 
 _ITM_ONLY = ("itm_head.", "vision_projection.", "text_projection.")

@@ -21,7 +21,7 @@ from judges.blip2 import language_states
 from judges.replies import NoAnswer, spellings
 from judges.weights import load_whole
 from rewards.backbones.base import Parts
-from rewards.backbones.blip2 import Blip2Reward, processor_of
+from rewards.backbones.blip import Blip2Reward, processor_of
 from rewards.backbones.processor import RewardProcessor
 
 TEMPLATE = 'Question: Does this figure show "{}"? Answer:'

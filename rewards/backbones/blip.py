@@ -1,4 +1,4 @@
-"""What the two rewards have in common that are read by a BLIP-2: pictures, and a linear head in nats of log-odds."""
+"""What rewards on a BLIP or a BLIP-2 have in common: pictures, and of a BLIP-2 a linear head in nats of log-odds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,22 +6,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2PreTrainedModel
+from transformers import Blip2Config, Blip2PreTrainedModel, PreTrainedModel
 
 from rewards.backbones.base import Picture, RewardModel, spread
 from rewards.backbones.processor import RewardProcessor
 from rewards.losses import Scores
 
 
-class Blip2Reward(RewardModel):
-    """`network` gives the log-odds (B, M) of features (B, N, D) and tokens; `vision_model` and `reward_head` are parts
-    of it."""
+class BlipReward(RewardModel):
+    """Pictures go through `network.vision_model`, which sees nothing else, and prompts through `processor`."""
 
-    def __init__(self, network: Blip2PreTrainedModel, processor: RewardProcessor):
-        super().__init__()
-        self.network, self.processor = network, processor
-        self.tokenizer = processor.tokenizer
-        self.eval().requires_grad_(False)
+    network: PreTrainedModel
+    processor: RewardProcessor
 
     def pixels(self, images: Sequence[Picture]) -> Tensor:
         return self.processor.pixels(images, self.network.config.vision_config.image_size)
@@ -34,6 +30,21 @@ class Blip2Reward(RewardModel):
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         return self.processor.tokens(prompts)
+
+    def _save(self, folder: Path) -> dict[str, Any]:
+        self.network.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        return {}
+
+
+class Blip2Reward(BlipReward):
+    """`network` gives the log-odds (B, M) of features (B, N, D) and tokens by its `reward_head`."""
+
+    def __init__(self, network: Blip2PreTrainedModel, processor: RewardProcessor):
+        super().__init__()
+        self.network, self.processor = network, processor
+        self.tokenizer = processor.tokenizer
+        self.eval().requires_grad_(False)
 
     def score(self, features: Tensor, tokens: dict[str, Tensor]) -> Scores:
         return Scores.of_heads(self.network(features, **tokens))
@@ -54,11 +65,6 @@ class Blip2Reward(RewardModel):
     @torch.no_grad()
     def shift_heads(self, by: Tensor) -> None:
         self.network.reward_head.bias += by
-
-    def _save(self, folder: Path) -> dict[str, Any]:
-        self.network.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        return {}
 
 
 def processor_of(folder: str | Path, config: Blip2Config, positions: int) -> RewardProcessor:
