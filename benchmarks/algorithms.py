@@ -28,10 +28,12 @@ from rewards.hacking import distances
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "flow_grpo": {"algorithm": {"type": "grpo", "sampler": "sde", "window": None, "fans": [], "kl": 0.04}},
-    "grpo": {"algorithm": {"type": "grpo", "kl": 0.015}},
-    "grpo, mix": {"algorithm": {"type": "grpo", "window": 2, "slide_every": 25, "kl": 0.015}},
-    "grpo, guard": {"algorithm": {"type": "grpo", "guard": True, "clip": 2e-6, "kl": 0.015}},
-    "dance": {"algorithm": {"type": "grpo", "sampler": "dance", "eta": 0.3, "kl": 0.015}},
+    "grpo": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2}},
+    "grpo, fast": {"algorithm": {"type": "grpo"}},
+    "grpo, mix": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2, "slide_every": 25}},
+    "grpo, branch": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2, "fans": [4, 2, 2]}},
+    "grpo, guard": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2, "guard": True, "clip": 2e-6}},
+    "dance": {"algorithm": {"type": "grpo", "sampler": "dance", "eta": 0.3, "window": 3, "last_start": 2}},
     "ppo": {"algorithm": {"type": "ppo", "window": 2}},
     "ddpo": {"algorithm": {"type": "ddpo", "window": 2}},
     "nft": {"algorithm": {"type": "nft", "draws": 1}, "learning_rate": 1e-4},

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from judges import geneval
 from judges.shapes.grammar import SKILLS, sample_prompt
@@ -28,6 +28,20 @@ class PromptRow:
         return sha256(self.text.encode()).hexdigest()[:16]
 
 
+def _of_skills(weights: dict[str, int]) -> dict[str, int]:
+    known = ", ".join(SKILLS)
+    for skill in weights:
+        if skill not in SKILLS:
+            raise ValueError(f"{skill} is no skill; they are {known}")
+    if not any(weights.values()):
+        raise ValueError(f"nothing would be drawn; give one of {known} a weight")
+    return weights
+
+
+SkillWeights = Annotated[dict[str, Annotated[int, Field(ge=0)]], AfterValidator(_of_skills)]
+"""How often a skill is drawn, beside the others; one that is not named never is."""
+
+
 class SkillPrompts(Section):
     """Prompts that each exercise one of the six skills of GenEval (2310.11513).
 
@@ -36,18 +50,7 @@ class SkillPrompts(Section):
             measure on are even over skills in any case.
     """
 
-    weights: dict[str, Annotated[int, Field(ge=0)]] | None = None
-
-    @field_validator("weights")
-    @classmethod
-    def _of_skills(cls, weights: dict[str, int] | None) -> dict[str, int] | None:
-        known = ", ".join(SKILLS)
-        for skill in weights or {}:
-            if skill not in SKILLS:
-                raise ValueError(f"{skill} is no skill; they are {known}")
-        if weights is not None and not any(weights.values()):
-            raise ValueError(f"nothing would be drawn; give one of {known} a weight")
-        return weights
+    weights: SkillWeights | None = None
 
     def depends(self) -> dict:
         return self.model_dump(exclude_none=True)

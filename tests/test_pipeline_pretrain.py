@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +14,16 @@ import yaml
 from safetensors.torch import load_file
 
 from judges import load_judge
-from judges.shapes.grammar import parse, sample_prompt
+from judges.shapes.grammar import SKILLS, parse, sample_prompt
 from judges.shapes.oracle import follows
 from judges.shapes.render import render, scene_of
 from models import load_generator, sample
 from models.codec import Identity, load_codec, new_vae, same_codec, to_images, to_pixels
 from models.paths import Parametrisation
+from pipeline.progress import Progress
 from pipeline.settings import SettingsError, UserError, load
 from pipeline.stages import pretrain as stage
-from pipeline.stages.flow import captions_of, measured
+from pipeline.stages.flow import captions_of, gallery_of, measured
 from pipeline.stages.pretrain import GeneratorJob, PretrainConfig, judge_quality, pretrain, repainted
 from rewards.backbones import QFormerReward
 
@@ -120,10 +122,11 @@ def test_a_generator_is_published_on_a_codec_that_is_there(published, tmp_path):
         ({"codec": {"type": "vqgan"}}, r"job\.codec\.type: unknown vqgan; .*vae"),
         ({"codec": {"type": "vae", "widths": [8, 12]}}, "widths: 12 is no multiple of 8"),
         ({"codec": {"type": "vae", "widths": [8] * 7}}, "codec: its cells are of 64 pixels a side"),
+        ({"weights": {"positions": 1}}, r"job\.weights: positions is no skill; they are single_object, "),
         ({"codec": {"type": "vae"}, "meaning": 0.2}, "meaning: is of the codec of type meaning, not of vae"),
     ],
 )
-def test_a_codec_that_cannot_be_is_named_before_anything_is_trained(published, changes, message):
+def test_what_cannot_be_is_named_before_anything_is_trained(published, changes, message):
     with pytest.raises(SettingsError, match=message):
         published("generator", "wrong", **changes)
 
@@ -163,6 +166,15 @@ def test_by_the_papers_recipe_the_language_model_stays_as_it_had_read(published)
     )
     still = {name for name in short if torch.equal(short[name], long[name])}
     assert still == {name for name in short if name.startswith(("vision_model.", "language_model."))}
+
+
+def test_pictures_to_learn_from_are_of_skills_by_weight():
+    codec = load_generator("models/checkpoints/shapes").codec
+    even = gallery_of(codec, 600, 0, Progress()).prompts
+    assert {prompt.skill for prompt in even} == set(SKILLS)
+    weighted = Counter(p.skill for p in gallery_of(codec, 600, 0, Progress(), {"position": 3, "counting": 1}).prompts)
+    assert set(weighted) == {"position", "counting"}
+    assert weighted["position"] / 600 == pytest.approx(0.75, abs=0.06)
 
 
 def test_only_the_share_asked_for_is_repainted_and_stays_a_picture():

@@ -84,7 +84,7 @@ def ablate(job: AblationJob, seed: int, folder: Path, out: Path, progress: Progr
     for name, network in job.variants.items():
         place = _place(job, seed, folder, name, network)
         if not (place / _DONE).is_file():
-            gallery = gallery or gallery_of(codec, job.pictures, seed, progress)
+            gallery = gallery or gallery_of(codec, job.pictures, seed, progress, job.weights)
             progress.say(f"variant {name}")
             _train(job, network, codec, gallery, seed, place, progress)
         shutil.copytree(place / "checkpoint", out / name, dirs_exist_ok=True)

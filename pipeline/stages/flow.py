@@ -26,6 +26,7 @@ from models.text import reading_loss
 from pipeline.compiling import compile_module
 from pipeline.networks import NetworkConfig
 from pipeline.progress import Progress
+from pipeline.prompts import SkillWeights
 from pipeline.settings import Section
 from pipeline.training import Average, hybrid_optimizers, steps_done, train, trapezoid
 
@@ -72,13 +73,15 @@ class ObjectiveConfig(Section):
 class FlowConfig(Section):
     """A network on a codec's latents of `pictures` renderings, and on their captions.
 
-    It sees true captions for `clean_steps`, and then for `noisy_steps` captions of which a share `noise` has one
-    attribute changed. Of a share `unconditional` it is told nothing, which classifier-free guidance takes. Where it is
-    fused with a language model, that reads captions for `language_steps` first, and is then frozen.
+    Skills are drawn by `weights`, evenly where they are null. It sees true captions for `clean_steps`, and then for
+    `noisy_steps` captions of which a share `noise` has one attribute changed. Of a share `unconditional` it is told
+    nothing, which classifier-free guidance takes. Where it is fused with a language model, that reads captions for
+    `language_steps` first, and is then frozen.
     """
 
     type: str
     pictures: int = Field(60000, ge=1)
+    weights: SkillWeights | None = None
     width: int = Field(96, ge=1)
     depth: int = Field(4, ge=1)
     text_depth: int = Field(1, ge=1)
@@ -115,12 +118,20 @@ class Gallery:
     latents: Tensor
 
 
-def gallery_of(codec: Autoencoder, pictures: int, seed: int, progress: Progress) -> Gallery:
+def gallery_of(
+    codec: Autoencoder, pictures: int, seed: int, progress: Progress, weights: Mapping[str, int] | None = None
+) -> Gallery:
+    """Of the `train` split, by `weights` of skills."""
+
+    def drawn_by(rng: random.Random) -> Prompt:
+        skill = rng.choices(list(weights), list(weights.values()))[0] if weights else None
+        return sample_prompt(rng, "train", skill)
+
     prompts, latents = [], []
     with progress.track(pictures, "pictures", "gallery", 0) as advance:
         for start in range(0, pictures, 256):
             rng = random.Random(sample_key(seed, "gallery", start))
-            drawn = [sample_prompt(rng, "train") for _ in range(min(256, pictures - start))]
+            drawn = [drawn_by(rng) for _ in range(min(256, pictures - start))]
             images = render([scene_of(prompt, rng, lattice=True) for prompt in drawn])
             with torch.no_grad():
                 latents.append(codec.encode(to_pixels(images)))

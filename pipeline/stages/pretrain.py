@@ -162,7 +162,7 @@ def _generator(job: GeneratorJob, seed: int, folder: Path, out: Path, progress: 
         case VAECodec():
             teach_vae(job.codec, codec, job.optimisation, seed, folder, progress)
     codec.requires_grad_(False)
-    train_flow(job, generator, gallery_of(codec, job.pictures, seed, progress), seed, folder, progress)
+    train_flow(job, generator, gallery_of(codec, job.pictures, seed, progress, job.weights), seed, folder, progress)
     generator.save_pretrained(out)
     return measured(NativeGenerator.from_pretrained(out))
 
