@@ -5,6 +5,7 @@ draw of a hundred: both sides of a comparison are drawn anew from the base model
 base model must have been seen on at least 50 prompts, otherwise a signal is `unknown`.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rewards.metrics.correlation import correlation_of_moments, moments
-from rewards.metrics.intervals import LEAST_PROMPTS, groups, prompt_means, prompt_sums, resample
+from rewards.metrics.correlation import moments
+from rewards.metrics.intervals import LEAST_PROMPTS, groups, prompt_means, resample
 from rewards.shortcuts import NAMES
 
 QUANTILE = 0.99
@@ -22,8 +23,8 @@ LEAST_FOLLOWED = 0.5
 """Of a rise of the reward the judge is expected to follow at least this share, in standard deviations."""
 
 STOPPING = ("heldout_gap", "judge_divergence", "diversity_loss", "kl_frontier")
-"""What can stop a run. The other signals warn: better pictures have other pixels too, and a reward and a judge agree
-less on siblings that have become equally good."""
+"""What can stop a run. The other signals warn: better pictures have other pixels too, and siblings that disagree are no
+trouble as long as the judge rises with the reward."""
 
 Status = Literal["ok", "alarm", "unknown"]
 
@@ -94,19 +95,22 @@ def judge_divergence(reward: Measured, judge: Measured, base_reward: Measured, b
 
 
 def judge_disagreement(reward: Measured, judge: Measured, base_reward: Measured, base_judge: Measured) -> Signal:
-    """One minus the correlation of reward and judge on the same images, within prompts."""
-    tuned, base = (
-        _known_sums(moments(first.values, second.values, first.prompts), first.prompts)
-        for first, second in ((reward, judge), (base_reward, base_judge))
-    )
+    """Half the mean square difference of reward and judge among siblings, both in standard deviations of the base
+    model's siblings.
 
-    def disagreement(sums: np.ndarray) -> np.ndarray:
-        return 1 - correlation_of_moments(sums)
-
-    null = (
-        resample(lambda drawn: disagreement(drawn @ base), len(base), size=len(tuned)) if len(tuned) else np.array([])
-    )
-    return _signal("judge_disagreement", float(disagreement(tuned.sum(axis=0))), null, base)
+    Of the base model itself it is one minus their correlation. A correlation would also fall when siblings become
+    equally good, as there is less to order among them then.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = [np.sqrt(np.nanmean(_squares(one.values, one.prompts))) for one in (base_reward, base_judge)]
+        means, base = (
+            Measured(
+                _squares(first.values / scales[0] - second.values / scales[1], first.prompts) / 2, first.prompts
+            ).means
+            for first, second in ((reward, judge), (base_reward, base_judge))
+        )
+    value = float(means.mean()) if len(means) else math.nan
+    return _signal("judge_disagreement", value, _draws(base, len(means), 0), base)
 
 
 def diversity_loss(images: ArrayLike, prompts: ArrayLike, base_images: ArrayLike, base_prompts: ArrayLike) -> Signal:
@@ -226,6 +230,6 @@ def _standardised(measured: Measured, base: Measured) -> np.ndarray:
     return (measured.values - np.nanmean(base.values)) / np.nanstd(base.values)
 
 
-def _known_sums(columns: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    known = np.isfinite(columns).all(axis=1)
-    return prompt_sums(columns[known], np.asarray(prompts)[known])
+def _squares(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Of what each image (N,) is above or below its siblings."""
+    return moments(values, values, prompts)[:, 0]

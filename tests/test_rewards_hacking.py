@@ -87,7 +87,29 @@ def test_disagreement_about_siblings_is_heard(rng):
     assert judge_disagreement(*both(rng), *base).status == "ok"
     found = judge_disagreement(*both(rng, noise=2), *base)
     assert found.status == "alarm"
-    assert 0 < found.threshold < found.value < 1
+    assert 0 < found.threshold < found.value
+
+
+def test_disagreement_at_the_base_is_what_the_correlation_leaves(rng):
+    reward, judge = both(rng)
+    by_prompt = [
+        one.values.reshape(80, 4) - one.values.reshape(80, 4).mean(1, keepdims=True) for one in (reward, judge)
+    ]
+    correlation = np.corrcoef(*(values.ravel() for values in by_prompt))[0, 1]
+    assert judge_disagreement(reward, judge, reward, judge).value == pytest.approx(1 - correlation)
+
+
+def test_siblings_that_become_equally_good_are_no_disagreement(rng):
+    base, (reward, judge) = both(rng), both(rng)
+    difficulty = np.repeat(reward.means, 4)
+    alike = Measured(difficulty + 0.2 * (reward.values - difficulty), reward.prompts)
+    said = Measured(alike.values + (judge.values - reward.values), judge.prompts)
+    assert np.corrcoef(alike.values - difficulty, said.values - difficulty)[0, 1] < 0.6
+    assert judge_disagreement(alike, said, *base).status == "ok"
+    flat = Measured(difficulty, judge.prompts)
+    assert judge_disagreement(reward, flat, *base).status == "alarm"  # the judge sees nothing in what is rewarded
+    constant = Measured(np.zeros_like(difficulty), judge.prompts)
+    assert judge_disagreement(reward, judge, base[0], constant).status == "unknown"
 
 
 def test_a_verdict_that_failed_is_left_out(rng):

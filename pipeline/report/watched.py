@@ -18,7 +18,9 @@ _SIGNS = {
     "judge_divergence": _Sign(
         "judge divergence", "deviations by which the judge rose less than the reward lets expect"
     ),
-    "judge_disagreement": _Sign("judge disagreement", "1 − correlation of reward and judge among siblings"),
+    "judge_disagreement": _Sign(
+        "judge disagreement", "half the mean square difference of reward and judge among siblings"
+    ),
     "kl_frontier": _Sign("KL frontier", "nats by which the judge fell behind an earlier check at no greater KL"),
     "diversity_loss": _Sign("diversity loss", "share by which siblings came closer to each other"),
 }
