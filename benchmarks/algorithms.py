@@ -9,7 +9,6 @@ the rest. What was measured stands in `benchmarks/results/algorithms.jsonl` and 
 
 import argparse
 import json
-import math
 import shutil
 from dataclasses import asdict
 from typing import Any
@@ -26,14 +25,20 @@ from pipeline.settings import load
 from pipeline.store import Artifact, read_rows
 from rewards.hacking import distances
 
+_THREE_STEPS = {"type": "grpo", "window": 3, "last_start": 2}
+
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    "flow_grpo": {"algorithm": {"type": "grpo", "sampler": "sde", "window": None, "fans": [], "kl": 0.04}},
-    "grpo": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2}},
+    "flow_grpo": {
+        "algorithm": {"type": "grpo", "sampler": "sde", "window": None, "fans": [], "kl": 0.04},
+        "twin": False,
+        "compile": False,
+    },
+    "grpo": {"algorithm": _THREE_STEPS},
     "grpo, fast": {"algorithm": {"type": "grpo"}},
-    "grpo, mix": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2, "slide_every": 25}},
-    "grpo, branch": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2, "fans": [4, 2, 2]}},
-    "grpo, guard": {"algorithm": {"type": "grpo", "window": 3, "last_start": 2, "guard": True, "clip": 2e-6}},
-    "dance": {"algorithm": {"type": "grpo", "sampler": "dance", "eta": 0.3, "window": 3, "last_start": 2}},
+    "grpo, mix": {"algorithm": {**_THREE_STEPS, "slide_every": 25}},
+    "grpo, branch": {"algorithm": {**_THREE_STEPS, "fans": [4, 2, 2]}},
+    "grpo, guard": {"algorithm": {**_THREE_STEPS, "guard": True, "clip": 2e-6}},
+    "dance": {"algorithm": {**_THREE_STEPS, "sampler": "dance", "eta": 0.3}},
     "ppo": {"algorithm": {"type": "ppo", "window": 2}},
     "ddpo": {"algorithm": {"type": "ddpo", "window": 2}},
     "nft": {"algorithm": {"type": "nft", "draws": 1}, "learning_rate": 1e-4},
@@ -50,8 +55,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 SHARED = ("sample", "judge", "prefer", "reward")
 RISES = (0.1, 0.2, 0.3)
-SMOOTHED = 9
-"""Iterations over which gold on the kept pictures is averaged."""
+KEPT = 96
+"""Pictures of each iteration on which gold is measured."""
+START, SMOOTHED = 2, 5
+"""Iterations whose mean is where gold began, and over which it is averaged from then on."""
 
 
 def measured(path: str, overrides: list[str], pace: Pace, seconds: float) -> dict[str, Any]:
@@ -70,18 +77,20 @@ def measured(path: str, overrides: list[str], pace: Pace, seconds: float) -> dic
         "reward": [found[model]["reward"] for model in ("base", "tuned")],
         "kl": last[0]["kl"],
         "diversity": float(np.mean(distances([np.asarray(image) for image in last["image"]], last["prompt_id"]))),
-        "rises": [_reached(course["gold"], found["base"]["gold"] + rise, pace) for rise in RISES],
+        "rises": [_reached(course["gold"], rise, pace) for rise in RISES],
         "kept": json.loads(Artifact(folder / "finetune").path("signals.json").read_text())["kept"],
     }
 
 
-def _reached(gold: list[float], wanted: float, pace: Pace) -> float | None:
-    """The second at which the smoothed gold of rollouts is at what was wanted; None where it never is."""
-    known = np.array([math.nan if value is None else value for value in gold], dtype=float)
-    if len(known) < SMOOTHED:
+def _reached(gold: list[float], rise: float, pace: Pace) -> float | None:
+    """The second at which gold of the rollouts is so far above where it began; None where it never is.
+
+    Both are of the algorithm's own rollouts, so the noise that its sampler adds counts neither for it nor against it.
+    """
+    if len(gold) < SMOOTHED:
         return None
-    smooth = np.convolve(known, np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
-    there = np.flatnonzero(smooth >= wanted)
+    smooth = np.convolve(gold, np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
+    there = np.flatnonzero(smooth >= np.mean(gold[:START]) + rise)
     return pace.seconds(int(there[0]) + SMOOTHED) if len(there) else None
 
 
@@ -145,8 +154,9 @@ def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
     """Put what all algorithms of a seed begin with into a folder of nothing else; the overrides that name it."""
     common = [*overrides, f"seed={seed}"]
     base = staged(path, [*common, f"name=algorithms-{seed}"], *SHARED)
-    settings = [f"finetune.{key}={json.dumps(value)}" for key, value in ALGORITHMS[name].items()]
-    chosen = [*common, f"name=algorithms-{seed}-{name.replace(', ', '-')}", *settings]
+    settings = {"kept_images": KEPT, **ALGORITHMS[name]}
+    chosen = [*common, f"name=algorithms-{seed}-{name.replace(', ', '-')}"]
+    chosen += [f"finetune.{key}={json.dumps(value)}" for key, value in settings.items()]
     target = run_dir(load(Config, path, chosen))
     shutil.rmtree(target, ignore_errors=True)
     for stage in SHARED:

@@ -101,14 +101,14 @@ def judge_disagreement(reward: Measured, judge: Measured, base_reward: Measured,
     Of the base model itself it is one minus their correlation. A correlation would also fall when siblings become
     equally good, as there is less to order among them then.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scales = [np.sqrt(np.nanmean(_squares(one.values, one.prompts))) for one in (base_reward, base_judge)]
-        means, base = (
-            Measured(
-                _squares(first.values / scales[0] - second.values / scales[1], first.prompts) / 2, first.prompts
-            ).means
-            for first, second in ((reward, judge), (base_reward, base_judge))
-        )
+    scale, judged = (np.sqrt(np.nanmean(_squares(one.values, one.prompts))) for one in (base_reward, base_judge))
+
+    def apart(first: Measured, second: Measured) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gaps = first.values / scale - second.values / judged
+        return Measured(_squares(gaps, first.prompts) / 2, first.prompts).means
+
+    means, base = apart(reward, judge), apart(base_reward, base_judge)
     value = float(means.mean()) if len(means) else math.nan
     return _signal("judge_disagreement", value, _draws(base, len(means), 0), base)
 
