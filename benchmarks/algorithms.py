@@ -3,14 +3,17 @@
     python -m benchmarks.algorithms CONFIG [--only nft awm …] [--seconds 240] [--seeds 0 1] [key.sub=value …]
 
 All algorithms of one seed share pictures, verdicts, preferences and reward model. The pace of each is measured first,
-one after another, and decides how many iterations it gets; so the machine should be idle for that, and need not be for
-the rest. What was measured stands in `benchmarks/results/algorithms.jsonl` and is not measured again.
+one after another, and decides how many iterations it gets. Seconds are those of the stage `finetune` itself, without
+the checks of the watch between the first and the last; the machine should be idle for all of it. What was measured
+stands in `benchmarks/results/algorithms.jsonl` and is not measured again.
 """
 
 import argparse
 import json
 import shutil
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,17 +64,18 @@ START, SMOOTHED = 2, 5
 """Iterations whose mean is where gold began, and over which it is averaged from then on."""
 
 
-def measured(path: str, overrides: list[str], pace: Pace, seconds: float) -> dict[str, Any]:
-    """What `seconds` of fine-tuning did."""
-    config = tuned(path, overrides, pace.iterations(seconds), "evaluate")
+def measured(path: str, overrides: list[str], iterations: int) -> dict[str, Any]:
+    """What so many iterations of fine-tuning did, and how long they took."""
+    config = tuned(path, overrides, iterations, "evaluate")
+    pace = Pace.of(config)
     folder = run_dir(config)
     found = json.loads(Artifact(folder / "evaluate").path("metrics.json").read_text())["generator"]
     course = read_rows(Artifact(folder / "evaluate"), "curves.parquet")
     checks = read_rows(Artifact(folder / "finetune"), "checks-*.parquet")
     last = checks.filter(lambda row: row["iteration"] == max(checks["iteration"]))
     return {
-        "iterations": config.finetune.iterations,
-        "seconds": pace.seconds(config.finetune.iterations),
+        "iterations": len(course),
+        "seconds": pace.seconds(len(course)),
         "images": int(sum(course["images"])),
         "gold": [found[model]["gold"] for model in ("base", "tuned")],
         "reward": [found[model]["reward"] for model in ("base", "tuned")],
@@ -95,24 +99,27 @@ def _reached(gold: list[float], rise: float, pace: Pace) -> float | None:
 
 
 def show(budget: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
-    """A row an algorithm: means over its seeds, each tuned for so long."""
-    table = Table(f"{budget} of", "seeds", "gold", "reward", "KL", "diversity", "images", "to +10", "+20", "+30 points")
+    """A row an algorithm: means over its seeds, each tuned for about so long."""
+    rises = ("to +10", "+20", "+30 points")
+    table = Table(f"{budget} of", "seeds", "took", "gold", "reward", "KL", "diversity", "images", *rises)
     for name, found in rows.items():
-        mean = {key: np.mean([one[key] for one in found], axis=0) for key in ("gold", "reward", "kl", "images")}
+        numbers = ("seconds", "gold", "reward", "kl", "images")
+        mean = {key: np.mean([one[key] for one in found], axis=0) for key in numbers}
         spread = np.std([one["gold"][1] for one in found])
-        rises = [
+        reached = [
             f"{np.mean(times):.0f} s" if None not in times else "–"
             for times in zip(*(one["rises"] for one in found), strict=True)
         ]
         table.add_row(
             name,
             str(len(found)),
+            f"{mean['seconds']:.0f} s",
             f"{100 * mean['gold'][0]:.1f} → {100 * mean['gold'][1]:.1f} ± {100 * spread:.1f} %",
             f"{mean['reward'][0]:.2f} → {mean['reward'][1]:.2f}",
             f"{mean['kl']:.2f}",
             f"{np.mean([one['diversity'] for one in found]):.3f}",
             f"{mean['images']:,.0f}",
-            *rises,
+            *reached,
         )
     return table
 
@@ -126,10 +133,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     asked = parser.parse_args()
     results = Results("algorithms")
-    common = {"config": digest(load(Config, asked.config, asked.overrides)), "overrides": asked.overrides}
 
     def key(name: str, **more: Any) -> dict[str, Any]:
-        return {**common, "algorithm": name, "settings": ALGORITHMS[name], **more}
+        """Of all settings of a row but its seed and iterations: another default of the config's may not touch it."""
+        settings = load(Config, asked.config, [*asked.overrides, *_settings(name), "seed=0", "finetune.iterations=1"])
+        told = {"overrides": asked.overrides, "algorithm": name, "settings": ALGORITHMS[name]}
+        return {"config": digest(settings), **told, **more}
 
     paces = {}
     for name in asked.only:
@@ -142,7 +151,7 @@ def main() -> None:
             of_row = key(name, seconds=asked.seconds, seed=seed)
             if not results.find(**of_row):
                 overrides = _begun(asked.config, asked.overrides, seed, name)
-                results.add(measured(asked.config, overrides, paces[name], asked.seconds), **of_row)
+                results.add(measured(asked.config, overrides, paces[name].iterations(asked.seconds)), **of_row)
     rows = {
         name: [results.find(**key(name, seconds=asked.seconds, seed=seed)) for seed in asked.seeds]
         for name in asked.only
@@ -152,16 +161,25 @@ def main() -> None:
 
 def _begun(path: str, overrides: list[str], seed: int, name: str) -> list[str]:
     """Put what all algorithms of a seed begin with into a folder of nothing else; the overrides that name it."""
-    common = [*overrides, f"seed={seed}"]
-    base = staged(path, [*common, f"name=algorithms-{seed}"], *SHARED)
-    settings = {"kept_images": KEPT, **ALGORITHMS[name]}
-    chosen = [*common, f"name=algorithms-{seed}-{name.replace(', ', '-')}"]
-    chosen += [f"finetune.{key}={json.dumps(value)}" for key, value in settings.items()]
-    target = run_dir(load(Config, path, chosen))
+    common = (*overrides, f"seed={seed}")
+    chosen = [*common, f"name=algorithms-{seed}-{name.replace(', ', '-')}", *_settings(name)]
+    base, target = _base(path, (*common, f"name=algorithms-{seed}")), run_dir(load(Config, path, chosen))
     shutil.rmtree(target, ignore_errors=True)
     for stage in SHARED:
-        shutil.copytree(run_dir(base) / stage, target / stage)
+        shutil.copytree(base / stage, target / stage)
     return chosen
+
+
+def _settings(name: str) -> list[str]:
+    """The overrides that make an algorithm's row of a run."""
+    settings = {"kept_images": KEPT, **ALGORITHMS[name]}
+    return [f"finetune.{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+@cache
+def _base(path: str, overrides: tuple[str, ...]) -> Path:
+    """Where what all algorithms of a seed begin with stands."""
+    return run_dir(staged(path, overrides, *SHARED))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import Any, Self
 
 from pipeline.config import Config
+from pipeline.loop import run_dir
+from pipeline.runner import events
 from pipeline.settings import load
 
 PROCESSES = min(2, os.cpu_count() or 1)
 """That share the work of this machine."""
-
-_FEW, _MORE = 2, 8
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,21 @@ class Pace:
     start: float
     each: float
 
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the last training of a run, by the times at which its watch checked it, which it has to have."""
+        told = list(events(run_dir(config)))
+        checks = [event for event in told if event["kind"] == "check"]
+        checks = checks[max(place for place, check in enumerate(checks) if check["iteration"] == 0) :]
+        trained = [event for event in told if event["kind"] == "stage_end" and event["stage"] == "finetune"][-1]
+        each = median(
+            ((_moment(after) - _moment(before)).total_seconds() - after["seconds"])
+            / (after["iteration"] - before["iteration"])
+            for before, after in pairwise(checks)
+        )
+        within = sum(check["seconds"] for check in checks[1:-1])
+        return cls(trained["seconds"] - within - each * checks[-1]["iteration"], each)
+
     def iterations(self, seconds: float) -> int:
         """As many as fit into so many seconds."""
         return max(1, round((seconds - self.start) / self.each))
@@ -32,18 +50,14 @@ class Pace:
         return self.start + self.each * iterations
 
 
+def _moment(event: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(event["time"])
+
+
 def pace_of(path: str | Path, overrides: Sequence[str]) -> Pace:
-    """That of a run, from two short trainings after one that compiles."""
-
-    def spent(iterations: int) -> float:
-        started = time.perf_counter()
-        tuned(path, overrides, iterations)
-        return time.perf_counter() - started
-
-    spent(1)
-    few, more = spent(_FEW), spent(_MORE)
-    each = max((more - few) / (_MORE - _FEW), 1e-3)
-    return Pace(max(0.0, few - _FEW * each), each)
+    """That of a run, from a short training after one that compiles."""
+    tuned(path, overrides, 1)
+    return Pace.of(tuned(path, [*overrides, "finetune.watch.every=2"], 7))
 
 
 def tuned(path: str | Path, overrides: Sequence[str], iterations: int, *more: str) -> Config:

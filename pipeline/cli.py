@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from judges.base import Unavailable
-from pipeline.processes import LAUNCHED, spread
+from pipeline.processes import LAUNCHED, part, spread
 from pipeline.settings import Section, SettingsError, UserError, load
 
 app = typer.Typer(
@@ -44,6 +44,14 @@ _STAGES = {
 
 def main() -> None:
     """Run the command line of this process; bad input becomes one line and exit code 2, no judge to ask 75."""
+    try:
+        _answer()
+    except SystemExit:
+        part()
+        raise
+
+
+def _answer() -> None:
     try:
         app()
     except Unavailable as error:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -47,6 +48,13 @@ def spread(count: int, command: Sequence[str]) -> int:
             env = {**every, "RANK": rank, "LOCAL_RANK": rank}
             children.append(subprocess.Popen(command, env=env, preexec_fn=_end_with_parent))
         return _ended(children)
+
+
+def part() -> None:
+    """Leave the group of processes, if this one joined one: threads that still serve it can abort one that ends."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _ended(children: Sequence[subprocess.Popen]) -> int:

@@ -252,7 +252,7 @@ def seconds(run_dir: str | Path) -> dict[str, float]:
     latest: dict[str, str] = {}
     spent: dict[tuple[str, str], float] = {}
     ended: set[tuple[str, str]] = set()
-    for event in _events(Path(run_dir)):
+    for event in events(Path(run_dir)):
         match event:
             case {"kind": "stage_start", "stage": stage, "fingerprint": digest}:
                 latest[stage] = digest
@@ -432,8 +432,8 @@ def _append_event(run_dir: Path, kind: str, **fields: Any) -> None:
         file.write(json.dumps({"time": now, "kind": kind, **fields}) + "\n")
 
 
-def _events(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The events so far, without lines that a power cut left torn."""
+def events(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run so far, without lines that a power cut left torn."""
     path = run_dir / _EVENTS
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -29,6 +29,26 @@ def test_each_process_knows_its_rank_and_all_the_same_port():
     assert ranks[0][4] == ranks[1][4]
 
 
+def test_who_joined_a_group_leaves_it_before_the_end():
+    code = """
+import os, sys
+from pipeline.processes import part
+part()
+assert "torch" not in sys.modules
+from torch import distributed
+from pipeline.runner import process_state
+assert process_state().num_processes == 2 and distributed.is_initialized()
+sys.argv = ["pipeline", "status", f"no-{os.environ['RANK']}.yaml"]
+from pipeline.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 2
+assert not distributed.is_initialized()
+"""
+    assert spread(code).returncode == 0
+
+
 @pytest.mark.parametrize(("ends", "code"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
 def test_one_that_fails_ends_the_others(ends, code):
     started = time.monotonic()
