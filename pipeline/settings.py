@@ -44,21 +44,31 @@ S = TypeVar("S", bound=Section)
 def load(root: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """The settings in the YAML file `path`, with each override `key.sub=value` laid over them in order.
 
-    An override's value is read as YAML; a number in its key is a place in a list.
+    An override's value is read as YAML; a number in its key is a place in a list. One that picks another `type` for
+    a section of the file leaves the settings behind that the new type does not know.
 
     Raises:
         SettingsError: the file cannot be read, or a key or value does not fit `root`.
     """
     data = _read(Path(path))
-    keys = [_override(data, override) for override in overrides]
-    try:
-        return root.model_validate_json(json.dumps(data, default=str))
-    except pydantic.ValidationError as error:
-        # A misspelt required field is also missing; the misspelling is the cause.
-        first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    field, message = _explain(root, first)
-    overridden = any(f"{field}.".startswith(f"{key}.") for key in keys)
-    raise SettingsError(f"{COMMAND_LINE if overridden else path}: {message}")
+    laid = [_override(data, override) for override in overrides]
+    retyped = {
+        key.removesuffix(".type"): section
+        for key, section, old in laid
+        if key.endswith(".type") and old not in (None, section["type"])
+    }
+    while True:
+        try:
+            return root.model_validate_json(json.dumps(data, default=str))
+        except pydantic.ValidationError as error:
+            # A misspelt required field is also missing; the misspelling is the cause.
+            first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        field, message = _explain(root, first)
+        overridden = any(f"{field}.".startswith(f"{key}.") for key, _, _ in laid)
+        section, _, name = field.rpartition(".")
+        if overridden or section not in retyped or first["type"] != "extra_forbidden":
+            raise SettingsError(f"{COMMAND_LINE if overridden else path}: {message}")
+        del retyped[section][name]
 
 
 def dump(section: Section) -> str:
@@ -119,8 +129,8 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], override: str) -> str:
-    """Lay `key.sub=value` over `data` in place; the dotted key."""
+def _override(data: dict[str, Any], override: str) -> tuple[str, Any, Any]:
+    """Lay `key.sub=value` over `data` in place; the dotted key, what now holds the value, and what stood there."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise SettingsError(f"{COMMAND_LINE}: {override!r} is no setting; write key.sub=value")
@@ -138,8 +148,9 @@ def _override(data: dict[str, Any], override: str) -> str:
             if isinstance(node, dict) and node.get(place) is None:
                 node[place] = {}
             node = node[place]
+    before = node.get(place) if isinstance(node, dict) else node[place]
     node[place] = _parse(text, f"{COMMAND_LINE}: {key}")
-    return key
+    return key, node, before
 
 
 def _kind(value: Any) -> str:

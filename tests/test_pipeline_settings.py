@@ -12,11 +12,13 @@ from pipeline.settings import Section, SettingsError, dump, load
 class Grpo(Section):
     type: Literal["grpo"] = "grpo"
     clip: float = 1e-4
+    kl: float = 0.0
 
 
 class Ppo(Section):
     type: Literal["ppo"] = "ppo"
     betas: tuple[float, float] = (0.9, 0.999)
+    kl: float = 0.0
 
 
 class Finetune(Section):
@@ -64,6 +66,15 @@ def test_overrides_are_yaml_laid_over_the_file_in_order(tmp_path):
     assert root.finetune == Finetune(group_size=6, stages=(Grpo(clip=0.2),), window=(1.0, 2.0), algorithm=Ppo())
 
 
+def test_another_type_keeps_what_it_knows_and_leaves_the_rest_behind(tmp_path):
+    path = write(tmp_path, "name: a\nfinetune: {algorithm: {type: grpo, clip: 1.0, kl: 2.0}}")
+    assert load(Root, path, ["finetune.algorithm.type=ppo"]).finetune.algorithm == Ppo(kl=2.0)
+    both = ["finetune.algorithm.type=ppo", "finetune.algorithm.betas=[0, 1]"]
+    assert load(Root, path, both).finetune.algorithm == Ppo(betas=(0.0, 1.0), kl=2.0)
+    assert load(Root, path, ["finetune.algorithm={type: ppo}"]).finetune.algorithm == Ppo()
+    assert load(Root, path, ["finetune.algorithm.type=grpo"]).finetune.algorithm == Grpo(clip=1.0, kl=2.0)
+
+
 @pytest.mark.parametrize("name", ["plain", "1e-4", "2024-01-01", "yes", "a: b\nc", "größe"])
 def test_dump_spells_out_defaults_and_reads_back(tmp_path, name):
     root = Root(name=name, finetune=Finetune(learning_rate=1e-7, algorithm=Ppo()))
@@ -86,6 +97,16 @@ def test_dump_spells_out_defaults_and_reads_back(tmp_path, name):
             "name: a",
             ("finetune.algorithm.type=grpo", "finetune.algorithm.klip=1"),
             "command line: unknown key finetune.algorithm.klip; did you mean finetune.algorithm.clip?",
+        ),
+        (
+            "name: a\nfinetune: {algorithm: {type: grpo, clip: 1.0}}",
+            ("finetune.algorithm.clip=2.0", "finetune.algorithm.type=ppo"),
+            "command line: unknown key finetune.algorithm.clip; known here: type, betas, kl",
+        ),
+        (
+            "name: a\nfinetune: {algorithm: {type: grpo, klip: 1.0}}",
+            ("finetune.algorithm.type=grpo",),
+            "FILE: unknown key finetune.algorithm.klip; did you mean finetune.algorithm.clip?",
         ),
         (
             "name: a\nfinetune: {stages: [{}, {klip: 1}]}",

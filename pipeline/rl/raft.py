@@ -6,8 +6,9 @@ loss on fresh noise (algorithm 1, with one optimiser step where the paper trains
     loss = |v - (eps - x0)|^2 + kl |v - v_ref|^2
 
 Off-line it learns from the better pictures of the run's preference pairs instead. Both are baselines: they show what
-selection alone gives, without a push away from what is worse. On a generator that was trained on a variance preserving
-path the errors are those of eps, as in its own training.
+selection alone gives, without a push away from what is worse. A few Euler steps do not quite paint what many would, and
+a policy that regresses on such pictures of its own drifts with them, whichever it selects; `kl` holds it. Errors are
+those of eps on a generator that was trained on a variance preserving path, as in its own training.
 
 Shapes: P prompts, K siblings, M pictures.
 """
@@ -43,8 +44,8 @@ class RAFTConfig(AlgorithmSettings):
     type: Literal["raft"] = "raft"
     source: Literal["online", "preferences"] = "online"
     best: int = Field(1, ge=1)
-    draws: int = Field(2, ge=1)
-    kl: float = Field(1e-4, ge=0)
+    draws: int = Field(4, ge=1)
+    kl: float = Field(1.0, ge=0)
 
     @property
     def offline(self) -> bool:
