@@ -12,6 +12,7 @@ import argparse
 import json
 from typing import Any
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def checks(config: Config) -> dict[str, Any]:
 
 def show(rows: dict[str, Any]) -> Table:
     """A row a run."""
-    table = Table("run", "checks", "first alarm", "signals", "stopped", "warned only")
+    table = Table("run", "checks", "first alarm", "signals", "stopped", "warned only", box=MARKDOWN)
     for name, row in rows.items():
         first = row["alarms"][0] if row["alarms"] else None
         place = f"check {first['check']}, iteration {first['iteration']}" if first else "none"

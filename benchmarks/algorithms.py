@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -101,7 +102,7 @@ def _reached(gold: list[float], rise: float, pace: Pace) -> float | None:
 def show(budget: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
     """A row an algorithm: means over its seeds, each tuned for about so long."""
     rises = ("to +10", "+20", "+30 points")
-    table = Table(f"{budget} of", "seeds", "took", "gold", "reward", "KL", "diversity", "images", *rises)
+    table = Table(f"{budget} of", "seeds", "took", "gold", "reward", "KL", "diversity", "images", *rises, box=MARKDOWN)
     for name, found in rows.items():
         numbers = ("seconds", "gold", "reward", "kl", "images")
         mean = {key: np.mean([one[key] for one in found], axis=0) for key in numbers}
