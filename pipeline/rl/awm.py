@@ -41,7 +41,7 @@ class AWMConfig(ForwardSettings):
     draws: int = Field(4, ge=1)
     huber: float = Field(0.25, gt=0, le=1)
     clip: float = Field(1.0, gt=0)
-    kl: float = Field(0.003, ge=0)
+    kl: float = Field(0.03, ge=0)
     kl_average: float = Field(0.01, ge=0)
 
 
