@@ -51,7 +51,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "dpo, offline": {"algorithm": {"type": "dpo", "source": "preferences", "beta": 200}, "learning_rate": 3e-4},
     "d3po": {"algorithm": {"type": "d3po"}},
     "raft": {"algorithm": {"type": "raft", "best": 2}, "learning_rate": 3e-4},
-    "supervised": {"algorithm": {"type": "raft", "source": "preferences", "best": 4}, "learning_rate": 3e-4},
+    "supervised": {"algorithm": {"type": "raft", "source": "preferences"}, "learning_rate": 3e-4},
     "draft": {"algorithm": {"type": "draft"}},
     "refl": {"algorithm": {"type": "refl"}},
 }
@@ -73,7 +73,8 @@ def measured(path: str, overrides: list[str], iterations: int) -> dict[str, Any]
     found = json.loads(Artifact(folder / "evaluate").path("metrics.json").read_text())["generator"]
     course = read_rows(Artifact(folder / "evaluate"), "curves.parquet")
     checks = read_rows(Artifact(folder / "finetune"), "checks-*.parquet")
-    last = checks.filter(lambda row: row["iteration"] == max(checks["iteration"]))
+    at = np.array(checks["iteration"])
+    last = checks.select(np.flatnonzero(at == at.max()))
     return {
         "iterations": len(course),
         "seconds": pace.seconds(len(course)),

@@ -212,6 +212,20 @@ def test_offline_pairs_are_the_runs_own_with_soft_labels():
                 assert x0[row, side].tolist() == pytest.approx([expected] * 3, abs=1e-3)
 
 
+def test_supervised_fine_tuning_takes_the_pictures_that_win_most():
+    """The pairs 0-1, 1-2 and 0-2 have labels 0.2, 0.7 and 0.9, and weights 1, 3 and 0: 1 wins 0.725, 2 wins 0.3 and 0
+    wins 0.2."""
+    preferences = preferences_of()
+    ids = [PromptRow(text, "one").id for text in ("a blue cross", "a red disc")]
+    assert [number for _, number in preferences.best(ids[0], 5)] == [1, 2, 0, 1, 2]
+    algorithm = algorithm_of(RAFTConfig(source="preferences", best=2), preferences)
+    for chosen in algorithm.examples(rollout_of(normal(2, 3)), torch.zeros(2, 1), ids, (0, 5)):
+        x0 = chosen.x_t - chosen.t.view(-1, 1) * chosen.target
+        texts = ("a blue cross", "a red disc")
+        expected = [float(PICTURES[text, number].mean()) for text in texts for number in (1, 2)]
+        assert x0.mean(1).tolist() == pytest.approx(expected, abs=1e-3)
+
+
 def test_with_inversion_each_picture_has_the_noise_that_it_is_painted_from():
     def invert(latents, prompts):
         assert [prompt.split()[-1] for prompt in prompts] == ["cross", "cross", "disc", "disc"]

@@ -5,8 +5,10 @@ judge's certainty counts (see `rewards.preferences`). So is every pair weighed a
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,6 @@ class Choice:
     b: int
     label: float
     weight: float
-
-    @property
-    def chosen(self) -> int:
-        """The better one; of a tie the first."""
-        return self.a if self.label >= 0.5 else self.b
 
 
 class Preferences:
@@ -80,6 +77,17 @@ class Preferences:
             rng, choices = random.Random(sample_key(*seed, one, "pair")), self.choices[one]
             found += rng.choices(choices, [choice.weight for choice in choices])
         return found
+
+    def best(self, one: str, count: int) -> list[tuple[str, int]]:
+        """The `count` pictures of a prompt that win most: the largest share of the weight of the pairs they are in, of
+        equal ones the lower number. Where there are fewer they come again."""
+        won, weights = defaultdict(float), defaultdict(float)
+        for choice in self.choices[one]:
+            for number, share in ((choice.a, choice.label), (choice.b, 1 - choice.label)):
+                won[choice.prompt_id, number] += choice.weight * share
+                weights[choice.prompt_id, number] += choice.weight
+        ordered = sorted(won, key=lambda key: (-won[key] / weights[key], key))
+        return list(islice(cycle(ordered), count))
 
     def latents(self, keys: Sequence[tuple[str, int]]) -> Tensor:
         """Of the pictures with these prompt ids and numbers, (len(keys), ...)."""

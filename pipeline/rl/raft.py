@@ -5,10 +5,10 @@ loss on fresh noise (algorithm 1, with one optimiser step where the paper trains
 
     loss = |v - (eps - x0)|^2 + kl |v - v_ref|^2
 
-Off-line it learns from the better pictures of the run's preference pairs instead. Both are baselines: they show what
-selection alone gives, without a push away from what is worse. A few Euler steps do not quite paint what many would, and
-a policy that regresses on such pictures of its own drifts with them, whichever it selects; `kl` holds it. Errors are
-those of eps on a generator that was trained on a variance preserving path, as in its own training.
+Off-line it learns from the pictures that win most of the run's preference pairs instead. Both are baselines: they show
+what selection alone gives, without a push away from what is worse. A few Euler steps do not quite paint what many
+would, and a policy that regresses on such pictures of its own drifts with them, whichever it selects; `kl` holds it.
+Errors are those of eps on a generator that was trained on a variance preserving path, as in its own training.
 
 Shapes: P prompts, K siblings, M pictures.
 """
@@ -31,12 +31,12 @@ from pipeline.rl.settings import AlgorithmSettings
 
 
 class RAFTConfig(AlgorithmSettings):
-    """Learns from the `best` of each group (`online`), or from what was chosen in pairs (`preferences`, off-line).
+    """Learns from the `best` of each group (`online`), or of each prompt's pairs (`preferences`, off-line).
 
     Off-line `finetune.group_size` counts for nothing: each prompt is painted once, to measure on.
 
     Attributes:
-        best: so many of each group are kept; off-line, so many pairs of each prompt are drawn.
+        best: so many of each group are kept, or of the pictures in a prompt's pairs.
         draws: noisy copies of each of them, at times spread evenly.
         kl: weighs |v - v_ref|^2.
     """
@@ -90,8 +90,7 @@ class RAFT(Algorithm):
     ) -> Sequence[Chosen]:
         best = self.config.best
         if self.preferences:
-            found = zip(*(self.preferences.choose(ids, (*seed, place)) for place in range(best)), strict=True)
-            x0 = self.preferences.latents([(one.prompt_id, one.chosen) for of_prompt in found for one in of_prompt])
+            x0 = self.preferences.latents([key for one in ids for key in self.preferences.best(one, best)])
         else:
             places = advantages_PK.topk(best).indices
             siblings = rollout.latents.unflatten(0, advantages_PK.shape)
