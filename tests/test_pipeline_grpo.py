@@ -357,7 +357,7 @@ def iterated(trainer: Trainer, iterations: range) -> list:
 
 
 RIVALS = [
-    AWM(AWMConfig(draws=2)),
+    AWM(AWMConfig(draws=2, kl=0.003)),
     GRPO(GRPOConfig(window=None, sampler="dance", eta=0.3)),
     GRPO(GRPOConfig(window=2, last_start=1, fans=(2, 3), guard=True, step_weight="noise")),
     GRPO(GRPOConfig(window=2, last_start=0, divergence=1e-3, advantage_of="win_rate")),
