@@ -10,6 +10,7 @@ stands in `benchmarks/results/algorithms.jsonl` and is not measured again.
 
 import argparse
 import json
+import math
 import shutil
 from dataclasses import asdict
 from functools import cache
@@ -61,8 +62,8 @@ SHARED = ("sample", "judge", "prefer", "reward")
 RISES = (0.1, 0.2, 0.3)
 KEPT = 96
 """Pictures of each iteration on which gold is measured."""
-START, SMOOTHED = 2, 5
-"""Iterations whose mean is where gold began, and over which it is averaged from then on."""
+START, SMOOTHED = 2 * KEPT, 5 * KEPT
+"""Pictures whose mean is where gold began, and over which it is averaged from then on."""
 
 
 def measured(path: str, overrides: list[str], iterations: int) -> dict[str, Any]:
@@ -83,21 +84,23 @@ def measured(path: str, overrides: list[str], iterations: int) -> dict[str, Any]
         "reward": [found[model]["reward"] for model in ("base", "tuned")],
         "kl": last[0]["kl"],
         "diversity": float(np.mean(distances([np.asarray(image) for image in last["image"]], last["prompt_id"]))),
-        "rises": [_reached(course["gold"], rise, pace) for rise in RISES],
+        "rises": [_reached(course["gold"], course["images"][0], rise, pace) for rise in RISES],
         "kept": json.loads(Artifact(folder / "finetune").path("signals.json").read_text())["kept"],
     }
 
 
-def _reached(gold: list[float], rise: float, pace: Pace) -> float | None:
-    """The second at which gold of the rollouts is so far above where it began; None where it never is.
+def _reached(gold: list[float], images: int, rise: float, pace: Pace) -> float | None:
+    """The second at which gold of the rollouts, of so many images each, is so far above where it began; None where it
+    never is.
 
     Both are of the algorithm's own rollouts, so the noise that its sampler adds counts neither for it nor against it.
     """
-    if len(gold) < SMOOTHED:
+    began, smoothed = (math.ceil(pictures / min(KEPT, images)) for pictures in (START, SMOOTHED))
+    if len(gold) < smoothed:
         return None
-    smooth = np.convolve(gold, np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
-    there = np.flatnonzero(smooth >= np.mean(gold[:START]) + rise)
-    return pace.seconds(int(there[0]) + SMOOTHED) if len(there) else None
+    smooth = np.convolve(gold, np.full(smoothed, 1 / smoothed), mode="valid")
+    there = np.flatnonzero(smooth >= np.mean(gold[:began]) + rise)
+    return pace.seconds(int(there[0]) + smoothed) if len(there) else None
 
 
 def show(budget: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
