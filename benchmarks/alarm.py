@@ -2,10 +2,10 @@
 
     python -m benchmarks.alarm configs/shapes.yaml [--only grpo ppo nft clean] [--runs 20] [key.sub=value …]
 
-A hacked run is rewarded by the judge and, with a weight, by how bright a picture is; told is at which of its checks a
-signal that can stop it is first above its threshold, and whether it is stopped. Clean runs of a minute follow the
-reward model alone, each with a seed of its own. What was measured stands in `benchmarks/results/alarm.jsonl` and is not
-measured again.
+A hacked run is rewarded by the judge and, with a weight, by how bright a picture is; told is at which of the checks of
+the config's own watch (0 is the base model) a signal that can stop it is first above its threshold, and whether it is
+stopped. Clean runs of a minute follow the reward model alone, each with a seed of its own. What was measured stands in
+`benchmarks/results/alarm.jsonl` and is not measured again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pipeline.settings import load
 from pipeline.store import Artifact
 from rewards.hacking import STOPPING
 
-BRIGHT = 60.0
+BRIGHT = 200.0
 """Nats of reward for a picture that is white rather than black."""
 
 HACKED = {
@@ -33,8 +33,8 @@ HACKED = {
     "nft": {"type": "nft", "kl": 0.0},
 }
 CLEAN = "clean"
-ITERATIONS, EVERY = 40, 10
-"""Of a hacked run, and from check to check."""
+ITERATIONS = 60
+"""Of a hacked run."""
 CLEAN_SECONDS = 60
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     for name, algorithm in HACKED.items():
         if name in asked.only:
             of_run = [f"finetune.reward={json.dumps(bright)}", f"finetune.algorithm={json.dumps(algorithm)}"]
-            keep(name, [*of_run, f"finetune.watch.every={EVERY}"], ITERATIONS)
+            keep(name, of_run, ITERATIONS)
     if CLEAN in asked.only:
         iterations = results.find(config=of_config, run=CLEAN)
         if not iterations:
@@ -93,7 +93,11 @@ def main() -> None:
         for seed in range(asked.runs):
             of_run = [f"finetune.seed={seed}", f"finetune.watch.every={max(1, iterations // 3)}"]
             keep(f"{CLEAN} {seed}", of_run, iterations)
-    Console(width=160).print(show(rows))
+    console = Console(width=160)
+    console.print(show(rows))
+    if clean := [row for name, row in rows.items() if name.startswith(CLEAN)]:
+        stopped, once = sum(row["stopped"] for row in clean), sum(bool(row["alarms"]) for row in clean)
+        console.print(f"Of {len(clean)} clean runs {stopped} were stopped; {once} had such a signal at some check.")
 
 
 if __name__ == "__main__":
