@@ -342,7 +342,7 @@ def _finetune(config: Any, painter: Painter, kept: _Kept, processes: int) -> Nee
     and what is trained: in float32, with a gradient, two moments of AdamW and an average."""
     settings = config.finetune
     asks = "judge" in settings.rewarded or settings.refresh or (settings.watch and settings.watch.judge)
-    pictures = -(-settings.groups * settings.trained.group_size // processes)
+    pictures = -(-settings.helpings * settings.trained.group_size // processes)
     rows, each = min(settings.batch, pictures), settings.algorithm.rows
     learned = each * max(1, min(settings.batch // each, pictures))
     whole = settings.lora is None

@@ -42,7 +42,7 @@ class Gaussian:
         """Pictures of the distribution itself, which the sampler only comes near to."""
         random = torch.Generator().manual_seed(hash(seed) % 2**32)
         x0 = mean + SPREAD * torch.randn(plan.siblings, *self.latent_shape, generator=random)
-        return Rollout(x0, x0, (), plan)
+        return Rollout(x0, x0, (), plan, (plan.numbers,))
 
 
 def push(t: float) -> float:

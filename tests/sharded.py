@@ -49,6 +49,7 @@ RUNS: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
     "critic": (PPOConfig(window=2, last_start=0), {"groups": 2}),
     "uneven": (GRPOConfig(window=2, last_start=0, kl=0.1), {"batch": 2}),
     "redrawn": (GRPOConfig(last_start=1), {"batch": 2, "redraws": 1}),
+    "enlarged": (GRPOConfig(last_start=1), {"batch": 2, "enlarge": 1}),
     "low": (GRPOConfig(last_start=1, kl=0.1), {"dtype": "bfloat16", "gradient_checkpointing": True, "groups": 2}),
 }
 FAMILIES_TRIED = ("flux", "z_image")

@@ -146,7 +146,7 @@ def test_the_mean_of_a_gaussian_moves_to_the_optimum_in_closed_form(t):
 
 def rollout_of(latents: torch.Tensor) -> Rollout:
     plan = Plan.ode((1.0, 0.0), siblings=1)
-    return Rollout(np.zeros((len(latents), 1, 1, 3), np.uint8), latents, (), plan)
+    return Rollout(np.zeros((len(latents), 1, 1, 3), np.uint8), latents, (), plan, (plan.numbers,) * len(latents))
 
 
 def test_online_pairs_are_best_against_worst_under_the_same_noise():

@@ -95,6 +95,11 @@ def test_pairs_of_another_size_are_refused(run_at, folder):
             "algorithm: inversion: on-line pictures come from a known noise; set source to preferences",
         ),
         ({"algorithm": {"type": "raft", "best": 3}}, "algorithm.best: 3 of a group of 3 leaves nothing to choose from"),
+        (
+            {"algorithm": {"type": "raft"}, "enlarge": 1},
+            "enlarge: raft chooses among siblings that are painted together",
+        ),
+        ({"enlarge": 3}, "enlarge: 3 of 2 groups; make it 2 or less"),
         ({"algorithm": {"type": "draft", "last": 4}}, "algorithm.last: 4, but a picture takes 3 steps"),
     ],
 )

@@ -114,7 +114,7 @@ def memory(subject: Subject, found: Measured) -> Check:
     settings = subject.config.finetune
     if subject.sharded:
         return Check.skipped(MEMORY, f"weights come and go where they are sharded; see {STAGES}")
-    most = found.inputs * settings.groups / found.groups
+    most = found.inputs * settings.helpings / found.groups
     activations = found.activations * max(1.0, min(settings.batch, most) / found.inputs)
     parts = {"weights": found.weights, "gradients, optimiser and average": found.trained, "activations": activations}
     split = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in parts.items())
@@ -153,7 +153,7 @@ def stages(config: Any, processes: int) -> Check:
 def seconds(subject: Subject, found: Measured) -> Check:
     """Of all iterations, one like another; the checks of the watch come on top."""
     settings = subject.config.finetune
-    each = found.seconds * settings.groups / found.groups
+    each = found.seconds * settings.helpings / found.groups
     whole = each * settings.iterations
     line = f"seconds: {duration(whole)} for {settings.iterations} iterations of {each:.3g} s"
     return Check(TIME, True, whole, None, "", line + (", not compiled" if settings.compile else ""))

@@ -219,7 +219,13 @@ def examined(config: Any, context: Context, say: Callable[[str], None]) -> Subje
         UserError: something that the settings name is not there, or there are too few prompts.
     """
     settings, ranks = config.finetune, context.accelerator.num_processes
-    changes = {"groups": GROUPS * ranks, "group_size": _siblings(settings), "updates": 1, "max_grad_norm": 1e9}
+    changes = {
+        "groups": GROUPS * ranks,
+        "group_size": _siblings(settings),
+        "updates": 1,
+        "max_grad_norm": 1e9,
+        "enlarge": 0,
+    }
     changes |= {"compile": False, "dtype": "float32", "twin": settings.has_twin(config.generator.dtype)}
     small = settings.model_copy(update=changes)
     context, device = _standing(config.model_copy(update={"finetune": small}), context), context.accelerator.device

@@ -1,6 +1,6 @@
 """How much better each sibling is than its group.
 
-Shapes: P prompts, K siblings, M terms of a mixture.
+Shapes: P prompts, K siblings, M terms of a mixture, R rows of siblings.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,29 @@ def group_advantages(
         spread = std_P1 if scale == "group" else (away.square().sum() / count.sum().clamp(min=1)).sqrt()
         values = (away / spread.clamp(min=least_std)).clamp(-limit, limit)
     return Advantages(torch.where(kept, values, 0.0), kept[:, 0])
+
+
+def variances(rewards_PK: Tensor, valid_PK: Tensor) -> Tensor:
+    """Of each group's valid rewards (P,), of the population; 0 where they are fewer than two or all but equal."""
+    away = group_advantages(rewards_PK, valid_PK, "none", torch.inf).values
+    return away.square().sum(1) / valid_PK.sum(1).clamp(min=1)
+
+
+def over_groups(
+    advantages: Callable[[Tensor, Tensor], Advantages], groups_R: Tensor
+) -> Callable[[Tensor, Tensor], Advantages]:
+    """`advantages` of siblings that lie in several rows (R, K): rows of equal `groups_R`, from 0 on, are one group."""
+    same = groups_R.unsqueeze(0) == groups_R.unsqueeze(1)
+    place_R = same.tril(-1).sum(1)  # a row's, among those of its group
+    size = int(groups_R.max()) + 1, int(place_R.max()) + 1
+
+    def of_rows(rewards_RK: Tensor, valid_RK: Tensor) -> Advantages:
+        rewards, valid = (values.new_zeros(*size, values.shape[1]) for values in (rewards_RK, valid_RK))
+        rewards[groups_R, place_R], valid[groups_R, place_R] = rewards_RK, valid_RK
+        found = advantages(rewards.flatten(1), valid.flatten(1))
+        return Advantages(found.values.view_as(rewards)[groups_R, place_R], found.kept[groups_R])
+
+    return of_rows
 
 
 def win_rates(rewards_PK: Tensor, valid_PK: Tensor, least_gap: float = 1e-4) -> Tensor:

@@ -112,8 +112,8 @@ class Scaler(Protocol):
 class Algorithm(Protocol):
     """One file each, and a class that inherits from this; the trainer knows none of them.
 
-    With `whole_groups` all siblings of a prompt are on one process; otherwise `examples` may be given some of them,
-    whose numbers are `rollout.plan.numbers`. An example is `rows` of a network call.
+    With `whole_groups` all siblings of a prompt come together; otherwise `examples` may be given some of them,
+    whose numbers are `rollout.numbers`. An example is `rows` of a network call.
     """
 
     needs_reference: bool

@@ -39,6 +39,7 @@ class D3POConfig(AlgorithmSettings):
 
     type: Literal["d3po"] = "d3po"
     rows: ClassVar[int] = 2
+    whole_groups: ClassVar[bool] = True
     sampler: Literal["sde", "dance", "cps", "ddim"] = "cps"
     eta: float = Field(0.7, gt=0, le=1)
     window: Annotated[int, Field(ge=1)] | None = None
@@ -70,7 +71,7 @@ class D3PO(Algorithm):
 
     needs_reference = True
     needs_old = False
-    whole_groups = True
+    whole_groups = D3POConfig.whole_groups
     rows = D3POConfig.rows
 
     def __init__(self, config: D3POConfig):

@@ -118,9 +118,10 @@ class Latest:
         values = values_PKM.astype(np.float64)
         here = values[valid_PK]  # (N, M)
         scaled = np.empty_like(values)
-        for row, (key, valid) in enumerate(zip(ids, valid_PK, strict=True)):
-            kept = np.concatenate([self.seen.get(key, here[:0]), values[row][valid]])[-self.buffer :]
-            self.seen[key] = kept
+        for key, group, valid in zip(ids, values, valid_PK, strict=True):
+            self.seen[key] = np.concatenate([self.seen.get(key, here[:0]), group[valid]])[-self.buffer :]
+        for row, key in enumerate(ids):
+            kept = self.seen[key]
             known = kept if len(kept) >= self.least else here
             scaled[row] = (values[row] - known.mean(0)) / np.maximum(known.std(0), LEAST_STD)
         return scaled.astype(np.float32)

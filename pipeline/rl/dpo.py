@@ -50,6 +50,7 @@ class DPOConfig(AlgorithmSettings):
 
     type: Literal["dpo"] = "dpo"
     rows: ClassVar[int] = 2
+    whole_groups: ClassVar[bool] = True
     source: Literal["online", "preferences"] = "online"
     beta: float | None = Field(None, gt=0)
     draws: int = Field(2, ge=1)
@@ -113,7 +114,7 @@ class DPO(Algorithm):
 
     needs_reference = True
     needs_old = False
-    whole_groups = True
+    whole_groups = DPOConfig.whole_groups
     rows = DPOConfig.rows
 
     def __init__(self, config: DPOConfig, preferences: Preferences | None = None):

@@ -47,15 +47,15 @@ class Draw:
 
 
 def forward_draws(
-    x0: Tensor, ids: Sequence[str], siblings: Sequence[int], draws: int, first: float, seed: Sequence[str | int]
+    x0: Tensor, ids: Sequence[str], siblings: Sequence[range], draws: int, first: float, seed: Sequence[str | int]
 ) -> Iterator[Draw]:
     """Each picture `x0` (M, ...), siblings side by side, noised `draws` times, at times spread evenly up to `first`.
 
-    `ids` name the prompts and `siblings` the pictures of each; they and `seed` key time and noise.
+    `ids` name the prompts and `siblings` the pictures of each, as many of all; they and `seed` key time and noise.
     """
-    prompt = torch.arange(len(ids), device=x0.device).repeat_interleave(len(siblings))
+    prompt = torch.arange(len(ids), device=x0.device).repeat_interleave(len(x0) // len(ids))
     for draw in range(draws):
-        keys = [sample_key(*seed, i, k, "draw", draw) for i in ids for k in siblings]
+        keys = [sample_key(*seed, i, k, "draw", draw) for i, own in zip(ids, siblings, strict=True) for k in own]
         t, noise = drawn(keys, draw, draws, first, x0.shape[1:], x0.device)
         yield Draw(noised(x0, noise, t), t, prompt, noise)
 
@@ -87,5 +87,5 @@ class Forward(Algorithm):
 
     def drawn(self, rollout: Rollout, ids: Sequence[str], seed: Sequence[str | int]) -> Iterator[Draw]:
         """The pictures noised, `draws` times."""
-        plan = rollout.plan
-        return forward_draws(rollout.latents, ids, plan.numbers, self.config.draws, plan.times[0], seed)
+        first = rollout.plan.times[0]
+        return forward_draws(rollout.latents, ids, rollout.numbers, self.config.draws, first, seed)

@@ -15,7 +15,7 @@ Shapes: P prompts, K siblings, M pictures.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -42,6 +42,7 @@ class RAFTConfig(AlgorithmSettings):
     """
 
     type: Literal["raft"] = "raft"
+    whole_groups: ClassVar[bool] = True
     source: Literal["online", "preferences"] = "online"
     best: int = Field(1, ge=1)
     draws: int = Field(4, ge=1)
@@ -67,7 +68,7 @@ class RAFT(Algorithm):
     """The algorithm as the trainer sees it; with `preferences` it is supervised fine-tuning."""
 
     needs_old = False
-    whole_groups = True
+    whole_groups = RAFTConfig.whole_groups
 
     def __init__(self, config: RAFTConfig, preferences: Preferences | None = None):
         self.config, self.preferences = config, preferences
@@ -95,7 +96,7 @@ class RAFT(Algorithm):
             places = advantages_PK.topk(best).indices
             siblings = rollout.latents.unflatten(0, advantages_PK.shape)
             x0 = siblings[torch.arange(len(ids), device=places.device)[:, None], places].flatten(0, 1)
-        draws = forward_draws(x0, ids, range(best), self.config.draws, rollout.plan.times[0], seed)
+        draws = forward_draws(x0, ids, [range(best)] * len(ids), self.config.draws, rollout.plan.times[0], seed)
         return [Chosen(draw.x_t, draw.t, draw.prompt, velocity(x0, draw.noise)) for draw in draws]
 
     def loss(self, examples: Chosen, v: Velocities) -> Loss:

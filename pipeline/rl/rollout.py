@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -111,12 +111,14 @@ class Transition:
 @dataclass(frozen=True)
 class Rollout:
     """Pictures uint8 (P K, H, W, 3), siblings side by side, their latents, the stochastic steps to them, and how they
-    were planned. `kept` are the latents before the step that the plan names, (P K, ...) where there is no window."""
+    were planned. `numbers` are of each prompt's siblings, within their group. `kept` are the latents before the step
+    that the plan names, (P K, ...) where there is no window."""
 
     images: np.ndarray
     latents: Tensor
     transitions: tuple[Transition, ...]
     plan: Plan
+    numbers: tuple[range, ...]
     kept: Tensor | None = None
 
 
@@ -173,11 +175,11 @@ def rollout(
         transitions.append(Transition(t, s, x, drawn.x.unflatten(0, (len(x), fan)), owner, mean, old, seen))
         x, owner = drawn.x, _expanded(owner, fan)
     assert width == plan.siblings, f"{plan}: not all siblings have parted"
-    return Rollout(generator.decode(x, batch), x, tuple(transitions), plan, kept)
+    return Rollout(generator.decode(x, batch), x, tuple(transitions), plan, (plan.numbers,) * len(ids), kept)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts by one plan as one, their prompts counted on."""
+    """Rollouts by one plan, whatever their siblings' numbers, as one; their prompts are counted on."""
     if len(parts) == 1:
         return parts[0]
     plan = parts[0].plan
@@ -204,5 +206,6 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
             for same in zip(*(part.transitions for part in parts), strict=True)
         ),
         plan,
+        tuple(chain.from_iterable(part.numbers for part in parts)),
         rows([part.kept for part in parts]),
     )

@@ -13,11 +13,13 @@ class AlgorithmSettings(Section):
     Attributes:
         follows_reward: whether it takes the gradient of the reward, which must then have one.
         rows: of a network call, for each example that is learned from.
+        whole_groups: whether it takes all siblings of a prompt together, to choose among them.
     """
 
     type: str
     follows_reward: ClassVar[bool] = False
     rows: ClassVar[int] = 1
+    whole_groups: ClassVar[bool] = False
 
     @property
     def offline(self) -> bool:
@@ -48,6 +50,8 @@ class TrainerSettings(Section):
         group_size: pictures of each.
         redraws: how often, at most, the groups of an iteration that have no signal are made up for by groups of other
             prompts (dynamic sampling; DAPO, 2503.14476, section 3.2).
+        enlarge: so many groups of an iteration, those whose rewards vary most, get as many siblings again
+            (variance-aware group sizes; after SuperFlow, 2512.17951).
         updates: optimiser steps an iteration, each on a share of the groups, equal ones where they divide.
         steps: network calls a picture; `shift` spends more of them near the noise.
         decay: share of the iterations, at the end, over which the learning rate falls to 0.
@@ -73,6 +77,7 @@ class TrainerSettings(Section):
     groups: int = Field(32, ge=1)
     group_size: int = Field(16, ge=2)
     redraws: int = Field(0, ge=0)
+    enlarge: int = Field(0, ge=0)
     updates: int = Field(1, ge=1)
     steps: int = Field(8, ge=1)
     shift: float = Field(1.0, gt=0)
@@ -91,6 +96,11 @@ class TrainerSettings(Section):
     overlap: int = Field(1, ge=1)
     compile: bool = False
 
+    @property
+    def helpings(self) -> int:
+        """Of `group_size` pictures in an iteration, redraws left out."""
+        return self.groups + self.enlarge
+
     def shards(self, processes: int) -> bool:
         """Whether frozen weights are shared out among so many."""
         return self.shard and processes > 1
@@ -101,6 +111,12 @@ class TrainerSettings(Section):
             raise ValueError(
                 f"updates: {self.updates} cannot share {self.groups} groups; make it {self.groups} or less"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_group_to_enlarge(self) -> Self:
+        if self.enlarge > self.groups:
+            raise ValueError(f"enlarge: {self.enlarge} of {self.groups} groups; make it {self.groups} or less")
         return self
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from models.generator import Conditioning, Generator
 from pipeline.compiling import compile_module, filled_to
 from pipeline.judging import told
 from pipeline.prompts import PromptRow
-from pipeline.rl.advantage import Advantages, mixed_advantages
+from pipeline.rl.advantage import Advantages, mixed_advantages, over_groups, variances
 from pipeline.rl.algorithm import Algorithm, Examples, Velocities
 from pipeline.rl.policy import policy_of
 from pipeline.rl.rollout import Rollout, joined, rollout
@@ -47,6 +47,7 @@ class Iteration:
 
     `term_means` and `term_stds` are of each term of the reward, as the terms gave them; `watched` is the algorithm's.
     `ratio_error` is the largest |rho - 1| of the first update: on-policy it is that of the log-probabilities.
+    `pictures` is how many all processes painted.
     """
 
     reward_mean: float
@@ -61,6 +62,7 @@ class Iteration:
     watched: dict[str, float]
     groups: int
     groups_dropped: int
+    pictures: int
     images: np.ndarray
     prompts: list[PromptRow]
     rewards: np.ndarray
@@ -68,10 +70,10 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Painted:
-    """Groups of siblings that were rolled out together, of the `prompts` of all processes and `mine` of them.
+    """Siblings that were rolled out together, K for each of the `prompts` of all processes, `mine` among them.
 
-    `values` (B, M) are what the reward's terms say of this process's pictures, `terms_PKM` of all, and `scaled_PKM`
-    the same on the scale of what was seen so far.
+    A group may have more siblings in another of these. `values` (B, M) are what the reward's terms say of this
+    process's pictures, `terms_PKM` of all.
     """
 
     prompts: Sequence[PromptRow]
@@ -81,7 +83,6 @@ class Painted:
     rolled: Rollout
     values: np.ndarray
     terms_PKM: Tensor
-    scaled_PKM: Tensor
 
 
 class Others(Protocol):
@@ -162,22 +163,23 @@ class Trainer:
     def iterate(self, prompts: Sequence[PromptRow], others: Others | None = None) -> Iteration:
         """One iteration on `prompts`, the same on every process; each takes its share of them.
 
-        Where `settings.redraws` allow it, `others` are asked for prompts to make up for groups without a signal.
+        Where `settings.redraws` allow it, `others` are asked for prompts to make up for groups without a signal. Then
+        the groups that vary most are enlarged by `settings.enlarge`.
         """
         settings = self.settings
-        painted = [self._paint(prompts, self.shares)]
-        found = self._advantages(painted)
+        painted = [self._paint(prompts)]
         for attempt in range(settings.redraws if others else 0):
-            missing = settings.groups - int(found.kept.sum())
+            missing = settings.groups - int(self._advantages(painted).kept.sum())
             if missing <= 0:
                 break
-            columns = self.share.columns
-            count = math.ceil(missing / columns) * columns if self.sharded else max(missing, columns)
+            count = self._shared_out(missing)
             more = others(attempt, count, {prompt.id for part in painted for prompt in part.prompts})
             if len(more) < count:
                 break
-            painted.append(self._paint(more, [replace(share, groups=count) for share in self.shares]))
-            found = self._advantages(painted)
+            painted.append(self._paint(more))
+        if settings.enlarge:
+            painted.append(self._paint(self._most_varied(painted), settings.group_size))
+        found = self._advantages(painted, final=True)
         terms_PKM = torch.cat([part.terms_PKM for part in painted])
         valid_PK = terms_PKM.isfinite().all(-1)
         if not valid_PK.any():
@@ -193,7 +195,7 @@ class Trainer:
         learned = self._learn(examples, cond, texts, kept_P, numbers_P, int(found.kept.sum()))
         self.average.update(self.done)
         self.done += 1
-        terms = terms_PKM[valid_PK]  # (N, M)
+        terms, groups_R = terms_PKM[valid_PK], _groups(painted).to(valid_PK.device)  # (N, M), (R,)
         seen = torch.from_numpy(self.reward.total(terms.cpu().numpy()).values)
         return Iteration(
             reward_mean=float(seen.mean()),
@@ -201,35 +203,47 @@ class Trainer:
             term_means=tuple(terms.mean(0).tolist()),
             term_stds=tuple(terms.std(0, correction=0).tolist()),
             **learned,
-            groups=len(found.kept),
-            groups_dropped=len(found.kept) - int(found.kept.sum()),
+            groups=len(groups_R.unique()),
+            groups_dropped=len(groups_R[~found.kept].unique()),
+            pictures=valid_PK.numel(),
             images=rolled.images,
             prompts=[prompt for prompt in mine for _ in self.share.siblings],
             rewards=self.reward.total(np.concatenate([part.values for part in painted])).values,
         )
 
-    def _paint(self, prompts: Sequence[PromptRow], shares: Sequence[Share]) -> Painted:
-        """Roll out and rate the groups of `prompts`, each process its share."""
+    def _shared_out(self, groups: int) -> int:
+        """At least so many groups, and as many as leave no process without one."""
+        columns = self.share.columns
+        return math.ceil(groups / columns) * columns if self.sharded else max(groups, columns)
+
+    def _most_varied(self, painted: Sequence[Painted]) -> list[PromptRow]:
+        """The prompts of `settings.enlarge` groups, in the order in which they were painted."""
+        terms_PKM, valid_PK, weights_M = self._scaled(painted, final=False)
+        order = variances((terms_PKM * weights_M).sum(-1), valid_PK).argsort(descending=True, stable=True)
+        prompts = [prompt for part in painted for prompt in part.prompts]
+        return [prompts[place] for place in sorted(order[: self._shared_out(self.settings.enlarge)].tolist())]
+
+    def _paint(self, prompts: Sequence[PromptRow], first: int = 0) -> Painted:
+        """Roll out and rate the groups of `prompts`, each process its share, the siblings numbered from `first` on."""
+        shares = [replace(share, groups=len(prompts)) for share in self.shares]
         share = shares[self.accelerator.process_index]
         mine = share.of(prompts)
         with torch.no_grad(), told("finetune"):
             cond = self.generator.encode([prompt.text for prompt in mine])
-        rolled, values = self._rated(mine, cond)
-        terms_PKM = self._gathered(values, rolled, shares)
-        scaled_PKM = self._scaled(terms_PKM, [prompt.id for prompt in prompts])
-        return Painted(prompts, mine, share, cond, rolled, values, terms_PKM, scaled_PKM)
+        rolled, values = self._rated(mine, cond, first)
+        return Painted(prompts, mine, share, cond, rolled, values, self._gathered(values, rolled, shares))
 
-    def _rated(self, mine: Sequence[PromptRow], cond: Conditioning) -> tuple[Rollout, np.ndarray]:
+    def _rated(self, mine: Sequence[PromptRow], cond: Conditioning, first: int) -> tuple[Rollout, np.ndarray]:
         """Groups rolled out, and what the terms say (B, M) of the pictures, which are asked in order, lot by lot."""
         lots = torch.arange(len(mine)).tensor_split(min(self.settings.overlap, len(mine)))
         if len(lots) == 1:
-            alone = self._roll(cond, mine)
+            alone = self._roll(cond, mine, first)
             return alone, self.reward.each(list(alone.images), [one.text for one in mine for _ in self.share.siblings])
         rolled, rated = [], []
         with ThreadPoolExecutor(max_workers=1) as rater:
             for lot in lots:
                 prompts = [mine[row] for row in lot.tolist()]
-                rolled.append(self._roll(cond[lot.to(cond.device)], prompts))
+                rolled.append(self._roll(cond[lot.to(cond.device)], prompts, first))
                 texts = [prompt.text for prompt in prompts for _ in self.share.siblings]
                 rated.append(rater.submit(copy_context().run, self.reward.each, list(rolled[-1].images), texts))
             return joined(rolled), np.concatenate([one.result() for one in rated])
@@ -250,40 +264,40 @@ class Trainer:
             raise self._not_finite("a log-probability or a latent")
         return torch.from_numpy(assembled(shares, [part for part, _ in found])).to(self.accelerator.device)
 
-    def _scaled(self, terms_PKM: Tensor, ids: Sequence[str]) -> Tensor:
-        """What the terms say of all groups, in the order of `ids`, on the scale of what was seen so far."""
-        valid_PK = terms_PKM.isfinite().all(-1)
-        if self.normaliser:
-            normalised = self.normaliser(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
-            terms_PKM = torch.from_numpy(normalised).to(terms_PKM.device)
-        if self.scaler:
-            if self.reward.combine == "rewards":
-                terms_PKM = (terms_PKM * self._weights).sum(-1, keepdim=True)
-            scaled = self.scaler(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
-            terms_PKM = torch.from_numpy(scaled).to(terms_PKM.device)
-        return terms_PKM
-
-    def _advantages(self, painted: Sequence[Painted]) -> Advantages:
+    def _advantages(self, painted: Sequence[Painted], final: bool = False) -> Advantages:
         """Of the groups of all processes."""
-        scaled_PKM, terms_PKM = (
-            torch.cat([getattr(part, name) for part in painted]) for name in ("scaled_PKM", "terms_PKM")
-        )
-        added = self.scaler and self.reward.combine == "rewards"
-        weights = torch.ones_like(self._weights[:1]) if added else self._weights
-        valid_PK = terms_PKM.isfinite().all(-1)
-        return mixed_advantages(scaled_PKM, valid_PK, weights, self.reward.combine, self.algorithm.advantages)
+        advantages = over_groups(self.algorithm.advantages, _groups(painted).to(self.accelerator.device))
+        terms_PKM, valid_PK, weights_M = self._scaled(painted, final)
+        return mixed_advantages(terms_PKM, valid_PK, weights_M, self.reward.combine, advantages)
+
+    def _scaled(self, painted: Sequence[Painted], final: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms (P, K, M) of the groups of all processes on the scale of what was seen so far, which pictures have them
+        (P, K), and their weights (M,). Where it is `final` they count among what was seen from now on."""
+        terms_PKM, weights_M = torch.cat([part.terms_PKM for part in painted]), self._weights
+        valid_PK, ids = terms_PKM.isfinite().all(-1), [prompt.id for part in painted for prompt in part.prompts]
+        seen = self.normaliser, self.scaler
+        normaliser, scaler = seen if final else copy.deepcopy(seen)
+        if normaliser:
+            normalised = normaliser(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
+            terms_PKM = torch.from_numpy(normalised).to(terms_PKM.device)
+        if scaler:
+            if self.reward.combine == "rewards":
+                terms_PKM, weights_M = (terms_PKM * weights_M).sum(-1, keepdim=True), torch.ones_like(weights_M[:1])
+            scaled = scaler(terms_PKM.cpu().numpy(), valid_PK.cpu().numpy(), ids)
+            terms_PKM = torch.from_numpy(scaled).to(terms_PKM.device)
+        return terms_PKM, valid_PK, weights_M
 
     @property
     def _weights(self) -> Tensor:
         """Of the reward's terms, (M,)."""
         return torch.from_numpy(self.reward.weights).to(self.accelerator.device)
 
-    def _roll(self, cond: Conditioning, prompts: Sequence[PromptRow]) -> Rollout:
+    def _roll(self, cond: Conditioning, prompts: Sequence[PromptRow], first: int) -> Rollout:
         settings = self.settings
         self.bring_up()
         siblings = self.share.siblings
         plan = self.algorithm.rollout_plan(self.seed, self.done, self.times, len(siblings))
-        plan = replace(plan, first=siblings.start)
+        plan = replace(plan, first=first + siblings.start)
         ids = [prompt.id for prompt in prompts]
         features = self._features if self.algorithm.needs_features else None
         return rollout(self.generator, self.predict(self.plain), cond, ids, self._seed, plan, settings.batch, features)
@@ -498,6 +512,12 @@ def _feature_width(generator: Generator) -> int:
         return generator.feature_width
     except NotImplementedError as error:
         raise UserError(f"finetune.algorithm: it asks for features of the generator: {error}") from None
+
+
+def _groups(painted: Sequence[Painted]) -> Tensor:
+    """The number of the group (R,) of each row of siblings; those of one prompt are one group."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(prompt.id, len(numbers)) for part in painted for prompt in part.prompts])
 
 
 def _pieces(examples: Examples, groups: Tensor, size: int) -> Iterator[Examples]:

@@ -158,6 +158,15 @@ class FinetuneConfig(TrainerSettings):
         return self
 
     @model_validator(mode="after")
+    def _siblings_may_come_apart(self) -> Self:
+        if self.enlarge and self.algorithm.whole_groups:
+            raise ValueError(
+                f"enlarge: {self.algorithm.type} chooses among siblings that are painted together; set it to 0, or "
+                "take an algorithm that weighs each picture: grpo, nft or awm"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reward_can_be_followed(self) -> Self:
         if self.algorithm.follows_reward:
             self.mixture.check_gradient(self.algorithm.type)
@@ -211,7 +220,7 @@ def _depends(config: Any) -> dict[str, Any]:
     settings.mixture.check(config.reward, settings.algorithm.follows_reward)
     asked = "judge" in settings.rewarded or settings.refresh or (settings.watch and settings.watch.judge)
     return {
-        "version": 5,
+        "version": 6,
         "seed": config.seed,
         "generator": config.generator.depends(),
         "prompts": config.prompts.depends(),
@@ -231,7 +240,7 @@ def _refreshed(config: Any) -> dict[str, Any]:
 
 def _work(config: Any) -> Work:
     settings: FinetuneConfig = config.finetune
-    images, call = settings.iterations * settings.groups * settings.trained.group_size, call_seconds(config)
+    images, call = settings.iterations * settings.helpings * settings.trained.group_size, call_seconds(config)
     chosen = settings.algorithm.model_dump()
     rolled = calls(chosen.get("sampler", "ode"), settings.steps)
     if config.generator.ours:
@@ -453,8 +462,7 @@ def _set_down(context: Context, pending: Sequence["Iteration"], first: int) -> N
     curves, rollouts, terms = [], [], []
     mixed = context.config.finetune.mixture.terms
     for number, done in enumerate(pending, first):
-        images = done.groups * context.config.finetune.trained.group_size
-        curves.append({"iteration": number, **_curve(done), "images": images})
+        curves.append({"iteration": number, **_curve(done), "images": done.pictures})
         if len(mixed) > 1:
             for term, mean, std in zip(mixed, done.term_means, done.term_stds, strict=True):
                 terms.append({"iteration": number, "term": term.name, "weight": term.weight, "mean": mean, "std": std})
