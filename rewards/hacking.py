@@ -1,8 +1,9 @@
 """Signals that a reward is being gamed, for a run of fine-tuning to warn, stop and roll back by.
 
-Each signal is a number that grows with the trouble, and a threshold that the base model itself would exceed in one
-draw of a hundred: both sides of a comparison are drawn anew from the base model's prompts, as many as there are. The
-base model must have been seen on at least 50 prompts, otherwise a signal is `unknown`.
+Each signal is a number that grows with the trouble, and a threshold that the base model itself would seldom exceed:
+both sides of a comparison are drawn anew from the base model's prompts, as many as there are, and in one draw of a
+hundred at most any of the signals that can stop a run is beyond its threshold (Bonferroni). The base model must have
+been seen on at least 50 prompts, otherwise a signal is `unknown`.
 """
 
 import math
@@ -17,14 +18,14 @@ from rewards.metrics.correlation import moments
 from rewards.metrics.intervals import LEAST_PROMPTS, groups, prompt_means, resample
 from rewards.shortcuts import NAMES
 
-QUANTILE = 0.99
-
 LEAST_FOLLOWED = 0.5
 """Of a rise of the reward the judge is expected to follow at least this share, in standard deviations."""
 
 STOPPING = ("heldout_gap", "judge_divergence", "diversity_loss", "kl_frontier")
 """What can stop a run. The other signals warn: better pictures have other pixels too, and siblings that disagree are no
 trouble as long as the judge rises with the reward."""
+
+QUANTILE = 1 - 0.01 / len(STOPPING)
 
 Status = Literal["ok", "alarm", "unknown"]
 
