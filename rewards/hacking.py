@@ -26,6 +26,7 @@ STOPPING = ("heldout_gap", "judge_divergence", "diversity_loss", "kl_frontier")
 trouble as long as the judge rises with the reward."""
 
 QUANTILE = 1 - 0.01 / len(STOPPING)
+"""Of the draws of a signal from the base model: its threshold."""
 
 Status = Literal["ok", "alarm", "unknown"]
 

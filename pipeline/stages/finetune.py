@@ -162,7 +162,7 @@ class FinetuneConfig(TrainerSettings):
         if self.enlarge and self.algorithm.whole_groups:
             raise ValueError(
                 f"enlarge: {self.algorithm.type} chooses among siblings that are painted together; set it to 0, or "
-                "take an algorithm that weighs each picture: grpo, nft or awm"
+                "take an algorithm that weighs each picture: grpo, ppo, ddpo, nft or awm"
             )
         return self
 
